@@ -1,0 +1,144 @@
+"""Which implementation of an op runs, and why.
+
+Each half of an op has a reference in PyTorch and may have a fast kernel: C++ ("cpp") for tensors on
+the CPU, Triton ("triton") for tensors on a GPU.  The fast one runs unless it refuses; then the
+reference runs, and says why once.  Nothing falls back silently.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import _cpu
+
+if TYPE_CHECKING:
+    from .op import Op
+
+FAST = {"cpu": "cpp", "cuda": "triton"}
+BACKENDS = ("reference", "cpp", "triton")
+
+_forced: str | None = None
+_fallback = "warn"
+_told: set[str] = set()
+
+
+class FallbackWarning(UserWarning):
+    """A reference implementation ran where a fast kernel was expected."""
+
+
+class FallbackError(RuntimeError):
+    """The same, under `set_fallback("error")`."""
+
+
+def set_fallback(mode: str) -> None:
+    """What happens when a fast kernel refuses its arguments and the reference runs instead.
+
+    Args:
+        mode: "warn" (the default: once for each reason), "error" or "silent".
+    """
+    global _fallback
+    if mode not in ("warn", "error", "silent"):
+        raise ValueError(f"set_fallback: mode is {mode!r}, expected 'warn', 'error' or 'silent'")
+    _fallback = mode
+    _told.clear()
+
+
+@contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Run every op on one backend inside the `with` block.
+
+    Args:
+        backend: "reference", "cpp", "triton", or "cpp:<instruction set>" such as "cpp:avx2".
+            On CPU tensors "triton" needs `TRITON_INTERPRET=1`.
+    """
+    global _forced
+    name, _, isa = backend.partition(":")
+    if name not in BACKENDS or (isa and isa not in _cpu.INSTRUCTION_SETS):
+        raise ValueError(
+            f"use: backend is {backend!r}, expected one of {', '.join(BACKENDS)}, "
+            f"or cpp:ISA with ISA in {', '.join(_cpu.INSTRUCTION_SETS)}"
+        )
+    before, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def fall_back(what: str, reason: str) -> None:
+    """Tell the user, once, that `what` runs on its reference, and why."""
+    message = f"{what} runs on the PyTorch reference: {reason}"
+    if _fallback == "error":
+        raise FallbackError(message)
+    if _fallback == "warn" and message not in _told:
+        _told.add(message)
+        warnings.warn(message, FallbackWarning, stacklevel=2)
+
+
+@cache
+def find(op: "Op", half: str, backend: str) -> Callable[..., None] | str:
+    """The kernel `<op>_<half>` of a backend, or the reason why there is none."""
+    name = f"{op.name}_{half}"
+    kind, _, isa = backend.partition(":")
+    if kind == "cpp":
+        module = _cpu.load(isa or _cpu.best())
+        if isinstance(module, str):
+            return module
+        return getattr(module, name, f"csrc/{op.family}.cpp has no {name}")
+    try:
+        module = import_module(f"llmkern.kernels.{op.family}")
+    except ImportError as error:
+        return f"Triton kernels cannot be loaded ({error}); `pip install triton` on Linux"
+    return getattr(module, name, f"kernels/{op.family}.py has no {name}")
+
+
+def choose(op: "Op", half: str, args: tuple) -> tuple[str, Callable[..., None] | None, str | None]:
+    """(backend, kernel, None) that will run, or ("reference", None, why not the fast one)."""
+    device = next(a.device.type for a in args if isinstance(a, Tensor))
+    backend = _forced or FAST.get(device)
+    if backend is None:
+        return "reference", None, f"there are no fast kernels for device {device!r}"
+    if backend == "reference":
+        return "reference", None, None
+    kernel = find(op, half, backend)
+    if isinstance(kernel, str):
+        return "reference", None, kernel
+    if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args):
+        return "reference", None, "float64 has no fast kernel; use float32, bfloat16 or float16"
+    reason = (op.refuse if half == "fwd" else op.refuse_bwd)(backend.partition(":")[0], *args)
+    return ("reference", None, reason) if reason else (backend, kernel, None)
+
+
+def make_kernel(op: "Op", half: str) -> Callable[..., Any]:
+    """The function that torch's dispatcher calls for CPU and CUDA tensors."""
+    reference = op.reference if half == "fwd" else op.reference_bwd
+    outputs = op.outputs if half == "fwd" else op.outputs_bwd
+
+    def kernel(*args):
+        _, fast, reason = choose(op, half, args)
+        if fast is None:
+            if reason is not None:
+                fall_back(f"llmkern::{op.name}_{half}", reason)
+            return reference(*args)
+        outs = outputs(*args)
+        fast(*args, *(outs if isinstance(outs, tuple) else (outs,)))
+        return outs
+
+    return kernel
+
+
+def implementations(op: "Op") -> dict[str, str]:
+    """For each backend "yes", or why the op cannot run on it here."""
+    table = {"reference": "yes"}
+    for backend in ("cpp", "triton"):
+        reasons = [k for half in ("fwd", "bwd") if isinstance(k := find(op, half, backend), str)]
+        table[backend] = reasons[0] if reasons else "yes"
+    if table["triton"] == "yes" and not torch.cuda.is_available():
+        table["triton"] = "yes, when a GPU is there"
+    return table
