@@ -31,7 +31,7 @@ DType dtype_of(PyObject* tensor) {
   static const std::vector<std::pair<PyObject*, DType>> table = [] {
     py::module_ torch = py::module_::import("torch");
     std::vector<std::pair<PyObject*, DType>> t;
-    auto add = [&](const char* name, DType d) { t.emplace_back(torch.attr(name).inc_ref().ptr(), d); };
+    auto add = [&](const char* name, DType d) { t.emplace_back(py::object(torch.attr(name)).release().ptr(), d); };
     add("float32", DType::f32), add("bfloat16", DType::bf16), add("float16", DType::f16);
     add("float64", DType::f64), add("int64", DType::i64), add("int32", DType::i32);
     add("uint8", DType::u8), add("int8", DType::i8), add("bool", DType::boolean);

@@ -2,7 +2,7 @@
 
 import platform
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader
+from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -58,11 +58,10 @@ def load(isa: str) -> ModuleType | str:
         )
     if not supported(isa):
         return f"this processor has no {isa}"
-    loader = ExtensionFileLoader("_cpu", str(paths[0]))
-    spec = spec_from_file_location(f"llmkern._cpu_{isa}", paths[0], loader=loader)
+    spec = spec_from_file_location("_cpu", paths[0])  # every set's init function is PyInit__cpu
     try:
         module = module_from_spec(spec)
-        loader.exec_module(module)
+        spec.loader.exec_module(module)
     except ImportError as error:
         return f"the C++ kernels for {isa} cannot be loaded ({error}); run `pip install -v -e .` again"
     return module

@@ -1,0 +1,303 @@
+// The only file with intrinsics: a vector of floats of the width that this build's processor likes
+// best.  `Vec` is a GCC vector, so + - * / and comparisons read as the formula; the functions here add
+// what those lack.  Everything stored in bfloat16 or half is computed in float.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "tensor.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace llmkern {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+typedef float Vec __attribute__((vector_size(W * 4)));
+typedef int32_t IntVec __attribute__((vector_size(W * 4)));
+typedef uint16_t HalfVec __attribute__((vector_size(W * 2)));
+
+#if defined(__AVX512BF16__)
+constexpr bool has_bf16_dot = true;
+#else
+constexpr bool has_bf16_dot = false;
+#endif
+
+inline Vec set(float x) { return Vec{} + x; }
+inline IntVec bits(Vec x) { return reinterpret_cast<IntVec>(x); }
+inline Vec floats(IntVec x) { return reinterpret_cast<Vec>(x); }
+
+// ---- bfloat16 and half ------------------------------------------------------------------------
+
+// Round to nearest even; NaN stays NaN, denormals stay (vcvtneps2bf16 would flush them).
+inline IntVec round_to_bf16(Vec x) {
+  IntVec b = bits(x);
+  IntVec rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+  return (x == x ? rounded : IntVec{} + 0x7fc0) & 0xffff;
+}
+
+inline Vec widen(const bf16* p) {
+  HalfVec h;
+  std::memcpy(&h, p, sizeof h);
+  return floats(__builtin_convertvector(h, IntVec) << 16);
+}
+
+inline void narrow(bf16* p, Vec x) {
+  HalfVec h = __builtin_convertvector(round_to_bf16(x), HalfVec);
+  std::memcpy(p, &h, sizeof h);
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  uint32_t b = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &b, 4);
+  return f;
+}
+
+#if defined(__AVX512F__)
+inline Vec widen(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+inline void narrow(f16* p, Vec x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline float to_float(f16 x) { return _cvtsh_ss(x.bits); }
+#elif defined(__AVX2__)
+inline Vec widen(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+inline void narrow(f16* p, Vec x) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline float to_float(f16 x) { return _cvtsh_ss(x.bits); }
+#else
+// Half to float by exponent arithmetic: shift the fields into place, then rescale by 2^112, which
+// also makes half's denormals normal; infinities and NaN keep an all-ones exponent.
+inline float to_float(f16 x) {
+  uint32_t magnitude = (x.bits & 0x7fffu) << 13, sign = (x.bits & 0x8000u) << 16, b;
+  float f;
+  std::memcpy(&f, &magnitude, 4);
+  f *= 0x1p112f;
+  std::memcpy(&b, &f, 4);
+  if (magnitude >= 0x0f800000u) b = magnitude | 0x7f800000u;
+  b |= sign;
+  std::memcpy(&f, &b, 4);
+  return f;
+}
+inline f16 to_half(float x) {
+  uint32_t b;
+  std::memcpy(&b, &x, 4);
+  const uint16_t sign = (b >> 16) & 0x8000;
+  float a = std::fabs(x);
+  if (!(a < 65520.0f)) return {static_cast<uint16_t>(sign | (x != x ? 0x7e00 : 0x7c00))};
+  if (a < 0x1p-14f) return {static_cast<uint16_t>(sign | static_cast<uint16_t>(std::nearbyint(a * 0x1p24f)))};
+  std::memcpy(&b, &a, 4);
+  b += 0xfff + ((b >> 13) & 1);
+  return {static_cast<uint16_t>(sign | ((b >> 13) - (112 << 10)))};
+}
+inline Vec widen(const f16* p) {
+  Vec v;
+  for (int i = 0; i < W; ++i) v[i] = to_float(p[i]);
+  return v;
+}
+inline void narrow(f16* p, Vec x) {
+  for (int i = 0; i < W; ++i) p[i] = to_half(x[i]);
+}
+#endif
+
+// ---- load and store: all W lanes, or the first n with zeros behind --------------------------------
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Vec load(const bf16* p) { return widen(p); }
+inline Vec load(const f16* p) { return widen(p); }
+inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
+inline void store(bf16* p, Vec x) { narrow(p, x); }
+inline void store(f16* p, Vec x) { narrow(p, x); }
+
+template <class T>
+Vec load(const T* p, int n) {
+  if (n >= W) return load(p);
+  T buffer[W] = {};
+  std::memcpy(buffer, p, n * sizeof(T));
+  return load(buffer);
+}
+template <class T>
+void store(T* p, Vec x, int n) {
+  if (n >= W) return store(p, x);
+  T buffer[W];
+  store(buffer, x);
+  std::memcpy(p, buffer, n * sizeof(T));
+}
+#if defined(__AVX512F__)
+template <>
+inline Vec load(const float* p, int n) {
+  return _mm512_maskz_loadu_ps(n >= W ? 0xffff : (1u << n) - 1, p);
+}
+template <>
+inline void store(float* p, Vec x, int n) {
+  _mm512_mask_storeu_ps(p, n >= W ? 0xffff : (1u << n) - 1, x);
+}
+#endif
+
+// Round a float through T, as storing and loading it would.
+template <class T>
+Vec rounded(Vec x) {
+  if constexpr (sizeof(T) == 4) return x;
+  T buffer[W];
+  store(buffer, x);
+  return load(buffer);
+}
+
+// ---- arithmetic --------------------------------------------------------------------------------
+
+// a * b + c
+inline Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// The larger; b where either is NaN, so a running maximum goes first and new values second.
+inline Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline Vec min(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// Lane sums in one fixed tree, so that the result does not depend on the compiler's mood.
+inline float sum(Vec x) {
+  float lanes[W];
+  store(lanes, x);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+inline float max_of(Vec x) {
+  float lanes[W];
+  store(lanes, x);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  return lanes[0];
+}
+
+// Lanes 0 .. n-1 of x, `otherwise` behind them.
+inline Vec keep_first(Vec x, int n, float otherwise) {
+  IntVec lane;
+  for (int i = 0; i < W; ++i) lane[i] = i;
+  return lane < n ? x : set(otherwise);
+}
+
+// ---- functions ---------------------------------------------------------------------------------
+
+inline Vec round_to_int(Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Vec magic = set(0x1.8p23f);  // adding it pushes the fraction out; |x| < 2^22 here
+  return (x + magic) - magic;
+#endif
+}
+
+// e^x to 1.5 ulp: x = n log 2 + r, |r| ≤ log(2)/2, e^r by its series to r^7; NaN stays NaN.
+inline Vec exp(Vec x) {
+  x = min(set(89.0f), max(set(-104.0f), x));
+  const Vec n = round_to_int(x * 1.44269504088896f);
+  Vec r = fma(n, set(-0.693145751953125f), x);  // log 2 in two parts, the first exact in n * part
+  r = fma(n, set(-1.42860682030941723e-6f), r);
+  Vec p = set(1.98412698e-4f);  // 1/7!
+  p = fma(p, r, set(1.38888889e-3f));
+  p = fma(p, r, set(8.33333333e-3f));
+  p = fma(p, r, set(4.16666667e-2f));
+  p = fma(p, r, set(1.66666667e-1f));
+  p = fma(p, r, set(0.5f));
+  p = fma(p, r * r, r) + 1.0f;
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, n);
+#else
+  // 2^n in two factors, so that results that underflow become denormal instead of wrong
+  const IntVec whole = __builtin_convertvector(n, IntVec), half = whole >> 1;
+  return p * floats((half + 127) << 23) * floats((whole - half + 127) << 23);
+#endif
+}
+
+inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
+
+// erf(x) to 2e-7: an odd polynomial for |x| < 1, 1 - e^-q(|x|) above; both fitted for least maximum
+// error in double precision (errors 1.2e-9 and 5e-10 before rounding).
+inline Vec erf(Vec x) {
+  const Vec s = x * x, a = floats(bits(x) & 0x7fffffff);
+  Vec p = set(7.853861e-5f);
+  p = fma(p, s, set(-8.0101937e-4f));
+  p = fma(p, s, set(5.1883277e-3f));
+  p = fma(p, s, set(-2.6853813e-2f));
+  p = fma(p, s, set(0.112835854f));
+  p = fma(p, s, set(-0.37612626f));
+  p = fma(p, s, set(1.1283791f));
+  const Vec t = min(a, set(4.0f));
+  Vec q = set(1.8048793e-5f);
+  q = fma(q, t, set(-3.9447879e-4f));
+  q = fma(q, t, set(3.9536855e-3f));
+  q = fma(q, t, set(-2.4483718e-2f));
+  q = fma(q, t, set(0.10719795f));
+  q = fma(q, t, set(0.63442123f));
+  q = fma(q, t, set(1.1289378f));
+  q = fma(q, t, set(-4.5082732e-5f));
+  const Vec tail = 1.0f - exp(-q);
+  const Vec big = floats(bits(tail) | (bits(x) & static_cast<int32_t>(0x80000000)));
+  return a < 1.0f ? x * p : (x == x ? big : x);
+}
+
+// ---- pairs of bfloat16 for the dot instruction -------------------------------------------------
+
+#if defined(__AVX512BF16__)
+// acc[i] + a[2i] b[2i] + a[2i+1] b[2i+1], in float
+inline Vec dot(__m512bh a, __m512bh b, Vec acc) { return _mm512_dpbf16_ps(acc, a, b); }
+inline __m512bh load_pairs(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+inline __m512bh broadcast_pair(const bf16* p) {
+  int32_t pair;
+  std::memcpy(&pair, p, 4);
+  return (__m512bh)_mm512_set1_epi32(pair);
+}
+#endif
+
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// Calls body(T{}) with the C++ type of a floating dtype.
+template <class Body>
+void with_type(DType dtype, const Body& body) {
+  if (dtype == DType::f32) return body(float{});
+  if (dtype == DType::bf16) return body(bf16{});
+  if (dtype == DType::f16) return body(f16{});
+  throw std::invalid_argument("llmkern: a CPU kernel takes float32, bfloat16 or float16");
+}
+
+}  // namespace llmkern
