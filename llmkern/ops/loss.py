@@ -36,12 +36,12 @@ def cross_entropy(
         IndexError: a target outside [0, C), on the CPU; on a GPU its loss is NaN.
     """
     _check(input, target, weight, reduction, label_smoothing)
+    weight = None if weight is None else weight.contiguous()
     logits = input if input.dim() <= 2 else input.movedim(1, -1)
     classes = input.shape[0] if input.dim() == 1 else input.shape[1]
     flat = target.reshape(-1)
-    losses = CROSS_ENTROPY.apply(
-        logits.reshape(-1, classes), flat, weight, ignore_index, float(label_smoothing)
-    )  # (N,) float32
+    logits = logits.reshape(-1, classes).contiguous()
+    losses = CROSS_ENTROPY.apply(logits, flat, weight, ignore_index, float(label_smoothing))  # (N,) float32
     autocast = torch.is_autocast_enabled(input.device.type)
     dtype = losses.dtype if autocast else input.dtype
     if reduction == "none":
@@ -78,6 +78,10 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str,
     if weight is not None and tuple(weight.shape) != (classes,):
         raise ValueError(
             f"cross_entropy: weight has shape {tuple(weight.shape)}, expected ({classes},), one for each class"
+        )
+    if weight is not None and weight.dtype not in (input.dtype, torch.float32):
+        raise ValueError(
+            f"cross_entropy: weight is {weight.dtype}, expected {input.dtype} as input, or torch.float32"
         )
 
 

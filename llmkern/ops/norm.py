@@ -121,6 +121,12 @@ class Norm(Op):
 
     @staticmethod
     def samples(make: Make, weights: int) -> Iterator[Sample]:
+        for sample in Norm.shapes(make, weights):
+            sample.kwargs.setdefault("eps", 1e-5)  # rms_norm's default depends on the dtype
+            yield sample
+
+    @staticmethod
+    def shapes(make: Make, weights: int) -> Iterator[Sample]:
         for n, d in ((7, 64), (5, 123), (1, 1), (3, 768), (2, 5001)):
             yield Sample(f"{n}x{d}", (make(n, d), (d,), *(make(d) for _ in range(weights))), {})
         yield Sample("no weight", (make(4, 3, 32), (32,)), {})

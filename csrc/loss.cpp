@@ -1,0 +1,156 @@
+// cross_entropy, a row of logits z at a time:
+//
+//   lse  = max z + log Σ exp(z - max z)
+//   loss = (1 - ε) w[t] (lse - z[t]) + ε/C (lse Σ w - Σ w z)
+//   dz   = dloss ((1 - ε) w[t] (p - 1[t]) + ε/C (p Σ w - w)),   p = exp(z - lse)
+//
+// Maximum and sum are found in one pass over memory: chunks that fit the first cache are read twice
+// there, the running sum is rescaled between them.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "simd.h"
+#include "threads.h"
+
+namespace llmkern {
+namespace {
+
+constexpr int64_t kChunk = 2048;  // logits: 8 KiB of float, a quarter of the first cache
+
+int lanes(int64_t i, int64_t end) { return static_cast<int>(std::min<int64_t>(W, end - i)); }
+
+struct Row {
+  float lse;
+  float weighted;  // Σ w z, for label smoothing
+};
+
+template <class T, class Weight>
+Row reduce(const T* z, int64_t classes, const Weight& weight, bool smooth) {
+  float top = -std::numeric_limits<float>::infinity();
+  Vec total{}, weighted{};
+  for (int64_t begin = 0; begin < classes; begin += kChunk) {
+    const int64_t end = std::min(classes, begin + kChunk);
+    Vec m = set(top);
+    for (int64_t i = begin; i < end; i += W) {
+      const int k = lanes(i, end);
+      m = max(m, keep_first(load(z + i, k), k, top));
+    }
+    const float higher = max_of(m);
+    if (higher > top) {
+      total *= std::exp(top - higher);
+      top = higher;
+    }
+    // every logit so far is -inf (or NaN): exp(z - 0) keeps them 0 (or NaN)
+    const float shift = std::isinf(top) && top < 0 ? 0.0f : top;
+    for (int64_t i = begin; i < end; i += W) {
+      const int k = lanes(i, end);
+      const Vec v = load(z + i, k);
+      total += keep_first(exp(v - shift), k, 0.0f);
+      if (smooth) weighted += keep_first(weight(i, k) * v, k, 0.0f);
+    }
+  }
+  return {top + std::log(sum(total)), smooth ? sum(weighted) : 0.0f};
+}
+
+// w[c], or 1 without class weights, in the dtype of the logits or float.
+template <class T>
+struct ClassWeight {
+  const T* narrow;
+  const float* wide;
+  explicit ClassWeight(const Tensor& t)
+      : narrow(t && t.dtype != DType::f32 ? t.as<T>() : nullptr),
+        wide(t && t.dtype == DType::f32 ? t.as<float>() : nullptr) {}
+  Vec operator()(int64_t i, int n) const {
+    return wide ? load(wide + i, n) : narrow ? load(narrow + i, n) : set(1.0f);
+  }
+  float operator()(int64_t c) const { return wide ? wide[c] : narrow ? to_float(narrow[c]) : 1.0f; }
+  float total(int64_t classes) const {
+    if (!wide && !narrow) return static_cast<float>(classes);
+    double s = 0;
+    for (int64_t c = 0; c < classes; ++c) s += (*this)(c);
+    return static_cast<float>(s);
+  }
+};
+
+void check_targets(const Tensor& target, int64_t classes, int64_t ignore_index) {
+  const int64_t* t = target.as<int64_t>();
+  const int64_t step = target.stride[0];
+  for (int64_t n = 0; n < target.size[0]; ++n)
+    if (t[n * step] != ignore_index && (t[n * step] < 0 || t[n * step] >= classes))
+      throw std::out_of_range("cross_entropy: target " + std::to_string(t[n * step]) +
+                              " is out of range, expected 0 to " + std::to_string(classes - 1) +
+                              " or ignore_index " + std::to_string(ignore_index));
+}
+
+template <class T>
+void forward(const Tensor& logits, const Tensor& target, const Tensor& weight, int64_t ignore_index,
+             float smoothing, const Tensor& loss, const Tensor& lse) {
+  const int64_t classes = logits.size[1];
+  const ClassWeight<T> w(weight);
+  const float total = w.total(classes), share = smoothing / classes;
+  parallel_for(logits.size[0], false, [&](int64_t n) {
+    const T* z = logits.as<T>() + n * logits.stride[0];
+    const int64_t t = target.as<int64_t>()[n * target.stride[0]];
+    const Row row = reduce(z, classes, w, smoothing > 0);
+    lse.as<float>()[n] = row.lse;
+    loss.as<float>()[n] =
+        t == ignore_index ? 0.0f
+                          : (1 - smoothing) * w(t) * (row.lse - to_float(z[t])) +
+                                (smoothing > 0 ? share * (row.lse * total - row.weighted) : 0.0f);
+  });
+}
+
+template <class T>
+void backward(const Tensor& dloss, const Tensor& logits, const Tensor& target, const Tensor& weight,
+              const Tensor& lse, int64_t ignore_index, float smoothing, const Tensor& dlogits) {
+  const int64_t classes = logits.size[1];
+  const ClassWeight<T> w(weight);
+  const float total = w.total(classes), share = smoothing / classes;
+  parallel_for(logits.size[0], false, [&](int64_t n) {
+    const T* z = logits.as<T>() + n * logits.stride[0];
+    T* dz = dlogits.as<T>() + n * classes;
+    const int64_t t = target.as<int64_t>()[n * target.stride[0]];
+    if (t == ignore_index) return static_cast<void>(std::fill_n(dz, classes, T{}));
+    const float l = lse.as<float>()[n], d = dloss.as<float>()[n];
+    const float hot = (1 - smoothing) * w(t);
+    const float from_p = d * (hot + share * total), from_w = d * share;
+    const auto gradient = [&](int64_t i, int k) {
+      const Vec p = exp(load(z + i, k) - l) * from_p;
+      return smoothing > 0 ? p - w(i, k) * from_w : p;
+    };
+    for (int64_t i = 0; i < classes; i += W) {
+      const int k = lanes(i, classes);
+      Vec g = gradient(i, k);
+      if (t >= i && t < i + k) g[t - i] -= d * hot;  // before rounding to T
+      store(dz + i, g, k);
+    }
+  });
+}
+
+}  // namespace
+
+void cross_entropy_fwd(Tensor logits, Tensor target, Tensor weight, int64_t ignore_index,
+                       double label_smoothing, Tensor loss, Tensor lse) {
+  check_targets(target, logits.size[1], ignore_index);
+  with_type(logits.dtype, [&](auto t) {
+    forward<decltype(t)>(logits, target, weight, ignore_index, static_cast<float>(label_smoothing), loss,
+                         lse);
+  });
+}
+
+void cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target, Tensor weight, Tensor lse,
+                       int64_t ignore_index, double label_smoothing, std::vector<bool>, Tensor dlogits) {
+  if (!dlogits) return;
+  with_type(logits.dtype, [&](auto t) {
+    backward<decltype(t)>(dloss, logits, target, weight, lse, ignore_index,
+                          static_cast<float>(label_smoothing), dlogits);
+  });
+}
+
+KERNEL(cross_entropy_fwd);
+KERNEL(cross_entropy_bwd);
+
+}  // namespace llmkern
