@@ -6,6 +6,7 @@ reference runs, and says why once.  Nothing falls back silently.
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -26,6 +27,7 @@ BACKENDS = ("reference", "cpp", "triton")
 _forced: str | None = None
 _fallback = "warn"
 _told: set[str] = set()
+_calls: Counter[tuple[str, str]] | None = None
 
 
 class FallbackWarning(UserWarning):
@@ -71,6 +73,17 @@ def use(backend: str) -> Iterator[None]:
         _forced = before
 
 
+@contextmanager
+def record() -> Iterator[Counter[tuple[str, str]]]:
+    """Count what runs inside the `with` block: calls of each (half of an op, backend)."""
+    global _calls
+    before, _calls = _calls, Counter()
+    try:
+        yield _calls
+    finally:
+        _calls = before
+
+
 def fall_back(what: str, reason: str) -> None:
     """Tell the user, once, that `what` runs on its reference, and why."""
     message = f"{what} runs on the PyTorch reference: {reason}"
@@ -79,6 +92,11 @@ def fall_back(what: str, reason: str) -> None:
     if _fallback == "warn" and message not in _told:
         _told.add(message)
         warnings.warn(message, FallbackWarning, stacklevel=2)
+
+
+# What torch.compiler.assume_constant_result sets, without its import of the compiler: called while
+# tracing, so that a compiled module warns once too instead of breaking its graph.
+fall_back._dynamo_marked_constant = True
 
 
 @cache
@@ -121,7 +139,9 @@ def make_kernel(op: "Op", half: str) -> Callable[..., Any]:
     outputs = op.outputs if half == "fwd" else op.outputs_bwd
 
     def kernel(*args):
-        _, fast, reason = choose(op, half, args)
+        backend, fast, reason = choose(op, half, args)
+        if _calls is not None:
+            _calls[f"{op.name}_{half}", backend] += 1
         if fast is None:
             if reason is not None:
                 fall_back(f"llmkern::{op.name}_{half}", reason)

@@ -163,7 +163,8 @@ def _with_autograd(op: Op) -> Callable[..., Any]:
         @staticmethod
         def forward(ctx, *args):
             outs = op.fwd(*args)
-            saved = op.save(args, outs if isinstance(outs, tuple) else (outs,))
+            outs = outs if isinstance(outs, tuple) else (outs,)
+            saved = op.save(args, outs)
             ctx.constants = [None if isinstance(s, Tensor) else s for s in saved]
             ctx.is_tensor = [isinstance(s, Tensor) for s in saved]
             ctx.save_for_backward(*(s for s in saved if isinstance(s, Tensor)))
@@ -220,10 +221,15 @@ def opmath(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocast_enabled(device: str) -> bool:
+    """`torch.is_autocast_enabled`, which raises for devices without autocast, such as meta."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast floating-point tensors to the autocast dtype, as torch does for linear and attention."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
