@@ -32,7 +32,7 @@ constexpr bool has_bf16_dot = true;
 constexpr bool has_bf16_dot = false;
 #endif
 
-inline Vec set(float x) { return Vec{} + x; }
+inline Vec set(float x) { return x - Vec{}; }  // x - 0 is x whatever x is; 0 + x costs an addition for -0
 inline IntVec bits(Vec x) { return reinterpret_cast<IntVec>(x); }
 inline Vec floats(IntVec x) { return reinterpret_cast<Vec>(x); }
 
@@ -227,6 +227,17 @@ inline Vec round_to_int(Vec x) {
 #endif
 }
 
+// p 2^n for a whole n.
+inline Vec scale_by_power(Vec p, Vec n) {
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, n);
+#else
+  // 2^n in two factors, so that results that underflow become denormal instead of wrong
+  const IntVec whole = __builtin_convertvector(n, IntVec), half = whole >> 1;
+  return p * floats((half + 127) << 23) * floats((whole - half + 127) << 23);
+#endif
+}
+
 // e^x to 1.5 ulp: x = n log 2 + r, |r| ≤ log(2)/2, e^r by its series to r^7; NaN stays NaN.
 inline Vec exp(Vec x) {
   x = min(set(89.0f), max(set(-104.0f), x));
@@ -240,13 +251,21 @@ inline Vec exp(Vec x) {
   p = fma(p, r, set(1.66666667e-1f));
   p = fma(p, r, set(0.5f));
   p = fma(p, r * r, r) + 1.0f;
-#if defined(__AVX512F__)
-  return _mm512_scalef_ps(p, n);
-#else
-  // 2^n in two factors, so that results that underflow become denormal instead of wrong
-  const IntVec whole = __builtin_convertvector(n, IntVec), half = whole >> 1;
-  return p * floats((half + 127) << 23) * floats((whole - half + 127) << 23);
-#endif
+  return scale_by_power(p, n);
+}
+
+// e^x for a softmax, x ≤ 0 or NaN: e^x = 2^n 2^r with r = x / log 2 - n, 2^r fitted on [-1/2, 1/2] for
+// least maximum error (2e-9).  Relative error 2^-24 (2 + |x|): that of x, a rounded score.
+inline Vec softmax_exp(Vec x) {
+  const Vec t = max(set(-151.0f), x * 1.44269504088896f);
+  const Vec n = round_to_int(t), r = t - n;
+  Vec p = set(1.53533618e-4f);
+  p = fma(p, r, set(1.33988744e-3f));
+  p = fma(p, r, set(9.61843736e-3f));
+  p = fma(p, r, set(5.55033247e-2f));
+  p = fma(p, r, set(0.240226479f));
+  p = fma(p, r, set(0.693147203f));
+  return scale_by_power(fma(p, r, set(1.0f)), n);
 }
 
 inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
@@ -279,7 +298,7 @@ inline Vec erf(Vec x) {
 // ---- pairs of bfloat16 for the dot instruction -------------------------------------------------
 
 #if defined(__AVX512BF16__)
-// acc[i] + a[2i] b[2i] + a[2i+1] b[2i+1], in float
+// acc[i] + a[2i] b[2i] + a[2i+1] b[2i+1], in float; denormal factors count as zero
 inline Vec dot(__m512bh a, __m512bh b, Vec acc) { return _mm512_dpbf16_ps(acc, a, b); }
 inline __m512bh load_pairs(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
 inline __m512bh broadcast_pair(const bf16* p) {
@@ -287,7 +306,44 @@ inline __m512bh broadcast_pair(const bf16* p) {
   std::memcpy(&pair, p, 4);
   return (__m512bh)_mm512_set1_epi32(pair);
 }
+// The same where lanes of a Vec carry the pairs' bits.
+inline Vec dot(Vec a, Vec b, Vec acc) { return dot((__m512bh)a, (__m512bh)b, acc); }
+// Pairs of neighbours, (a0, a1) (a2, a3) .. (b0, b1) .., rounded to bfloat16.
+inline Vec round_to_pairs(Vec a, Vec b) { return (Vec)_mm512_cvtne2ps_pbh(b, a); }
+// The pairs (a0, b0) (a1, b1) .., rounded to bfloat16.
+inline Vec round_to_zipped_pairs(Vec a, Vec b) {
+  short order __attribute__((vector_size(64)));
+  for (int i = 0; i < 32; ++i) order[i] = i / 2 + i % 2 * W;
+  return (Vec)_mm512_permutexvar_epi16((__m512i)order, (__m512i)round_to_pairs(a, b));
+}
+#else
+// never called, see has_bf16_dot
+inline Vec dot(Vec, Vec, Vec acc) { return acc; }
+inline Vec round_to_pairs(Vec, Vec) { return Vec{}; }
+inline Vec round_to_zipped_pairs(Vec, Vec) { return Vec{}; }
 #endif
+
+// Bits of the pairs (first[i], second[i]) of two vectors that hold bfloat16 values.
+inline Vec make_pairs(Vec first, Vec second) {
+  return floats(((bits(first) >> 16) & 0xffff) | (bits(second) & static_cast<int32_t>(0xffff0000)));
+}
+
+// ---- transposing W x W ---------------------------------------------------------------------------
+
+// Swap the off-diagonal S x S blocks of rows a and b = a + S: bit S of the row number for that of the lane.
+template <int S, int... L>
+void swap_blocks(Vec& a, Vec& b, std::integer_sequence<int, L...>) {
+  const Vec low = __builtin_shufflevector(a, b, ((L & S) ? W + L - S : L)...);
+  b = __builtin_shufflevector(a, b, ((L & S) ? W + L : L + S)...);
+  a = low;
+}
+template <int S = W / 2>
+void transpose(Vec (&r)[W]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i)
+    if (!(i & S)) swap_blocks<S>(r[i], r[i + S], std::make_integer_sequence<int, W>{});
+  if constexpr (S > 1) transpose<S / 2>(r);
+}
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 

@@ -58,7 +58,9 @@ def load(isa: str) -> ModuleType | str:
         )
     if not supported(isa):
         return f"this processor has no {isa}"
-    spec = spec_from_file_location("_cpu", paths[0])  # every set's init function is PyInit__cpu
+    # the init function is PyInit__cpu in every set; names that differ before it, as pybind11 keeps one
+    # module for each name
+    spec = spec_from_file_location(f"{isa}._cpu", paths[0])
     try:
         module = module_from_spec(spec)
         spec.loader.exec_module(module)

@@ -1,0 +1,136 @@
+"""Time and memory of a call: interleaved rounds, GPU events, peak resident memory."""
+
+import ctypes
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, NamedTuple
+
+import torch
+
+Call = Callable[[], Any]
+L2_BYTES = 256 * 2**20  # written between calls to empty a GPU's L2 cache; larger than any
+MAX_CALLS = 1000  # in one measurement, however short the call
+
+
+class Settings(NamedTuple):
+    """How carefully to measure.
+
+    Attributes:
+        rounds: how often each peer is measured, in turn.
+        seconds: length of one measurement at least; short calls are repeated.
+        budget: seconds after which a case stops early, once it has 3 rounds.
+    """
+
+    rounds: int = 9
+    seconds: float = 0.02
+    budget: float = 15.0
+
+
+class Clock:
+    """Seconds of a call, averaged over `calls`: wall time on a CPU, the GPU's own events on a GPU.
+
+    With `flush`, a GPU's L2 cache is emptied before each call (outside its time), so that inputs
+    come from memory, as they do in a model.
+    """
+
+    def __init__(self, device: str, flush: bool = False) -> None:
+        self.on_gpu = device == "cuda"
+        self.scratch = (
+            torch.empty(L2_BYTES, dtype=torch.int8, device=device) if flush and self.on_gpu else None
+        )
+
+    def __call__(self, call: Call, calls: int = 1) -> float:
+        if self.on_gpu:
+            return self._events(call, calls)
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - start) / calls
+
+    def _events(self, call: Call, calls: int) -> float:
+        spans = []
+        for _ in range(calls):
+            if self.scratch is not None:
+                self.scratch.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            spans.append((begin, end))
+        torch.cuda.synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in spans) * 1e-3 / calls
+
+    def calls_for(self, call: Call, seconds: float) -> int:
+        """How many calls take `seconds`; warms up on the way."""
+        self(call, 2)
+        once = min(self(call), self(call))
+        return min(MAX_CALLS, max(1, math.ceil(seconds / max(once, 1e-9))))
+
+
+def interleave(clock: Clock, peers: dict[str, Call], settings: Settings) -> dict[str, list[float]]:
+    """Seconds of one call of each peer, once for each round.
+
+    All peers are measured in every round, in an order that turns, so that a machine that slows down
+    slows them all down: compare within a round.
+    """
+    calls = {name: clock.calls_for(call, settings.seconds) for name, call in peers.items()}
+    times: dict[str, list[float]] = {name: [] for name in peers}
+    names = list(peers)
+    start = time.perf_counter()
+    for i in range(settings.rounds):
+        if i >= 3 and time.perf_counter() - start > settings.budget:
+            break
+        shift = i % len(names)
+        for name in names[shift:] + names[:shift]:
+            times[name].append(clock(peers[name], calls[name]))
+    return times
+
+
+def iqr(values: list[float]) -> float:
+    """Distance between the first and the third quartile; 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    first, _, third = quantiles(values, n=4, method="inclusive")
+    return third - first
+
+
+def ratio(times: list[float], ours: list[float]) -> float:
+    """How many times faster `ours` is: the median of the ratios within each round."""
+    return median(a / b for a, b in zip(times, ours))
+
+
+def peak_bytes(call: Call, device: str) -> int | None:
+    """Memory that a call needs on top of what exists before it, outputs included; None if unknown.
+
+    On a GPU torch's allocator tells.  On Linux it is the rise of the process's peak resident memory,
+    which sees scratch memory that C++ libraries get for themselves, but not what they keep from call
+    to call; other systems do not tell.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    return min(filter(None, (_resident_rise(call) for _ in range(3))), default=None)
+
+
+def _resident_rise(call: Call) -> int | None:
+    reset = Path("/proc/self/clear_refs")
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # memory that free() kept would be used again unseen
+        reset.write_text("5")  # sets the peak back to the present
+    except (OSError, AttributeError):
+        return None
+    before = _status("VmRSS")
+    call()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024

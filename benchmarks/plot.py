@@ -1,0 +1,39 @@
+"""A picture of the results: ratios and fractions of the ceiling, a bar for each case."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure  # not pyplot: no window system is touched
+
+from .report import best_peer, by_case
+from .suite import Row
+
+FASTER, SLOWER, CEILING = "#15803d", "#b91c1c", "#1d4ed8"
+
+
+def bars(path: Path, rows: list[Row], machine: dict) -> None:
+    """Save a PNG with the ratio of llmkern to the fastest other, and its fraction of the ceiling."""
+    shown = [case for case in by_case(rows) if "llmkern" in case and best_peer(case)]
+    labels = [f"{r.op} {r.sample} {r.dtype} {r.half}" for r in (case["llmkern"] for case in shown)]
+    best = [best_peer(case) for case in shown]
+    fractions = [case["llmkern"].ceiling for case in shown]
+    figure = Figure(figsize=(13, 1.5 + 0.24 * len(shown)), layout="constrained")
+    ratio, ceiling = figure.subplots(1, 2, sharey=True)
+    colors = [FASTER if row.speedup >= 1 else SLOWER for row in best]
+    drawn = ratio.barh(labels, [row.speedup for row in best], color=colors)
+    ratio.bar_label(drawn, [f"{row.speedup:.2f} × {row.peer}" for row in best], padding=3, fontsize=7)
+    ratio.axvline(1, color="black", linewidth=0.8)
+    ratio.set(
+        xlabel="times faster than the fastest other", xlim=(0, 1.25 * max(1, *(r.speedup for r in best), 1))
+    )
+    drawn = ceiling.barh(labels, fractions, color=CEILING)
+    ceiling.bar_label(drawn, [f"{f:.0%}" for f in fractions], padding=3, fontsize=7)
+    ceiling.axvline(1, color="black", linewidth=0.8)
+    ceiling.set(
+        xlabel="fraction of the ceiling measured in the same run", xlim=(0, 1.1 * max(1, *fractions, 1))
+    )
+    ratio.invert_yaxis()
+    ratio.tick_params(axis="y", labelsize=7)
+    for axes in (ratio, ceiling):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{machine['device']}, {machine['threads']} threads, {machine['date']}")
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,227 @@
+// What both directions of attention share: the problem, its mask, the product of packed blocks.
+//
+// A product of blocks is C[m][n] (+)= Σ_k A[m][k] B[k][n].  B lies in panels of kPanel columns,
+// [k][kPanel], packed by pack.h; A is read as broadcast operands and is either packed in panels of
+// kTileRows rows, [k][kTileRows], or the block of probabilities as softmax left it.  k counts units:
+// floats, or pairs of bfloat16 where the processor multiplies those (see pack.h).
+//
+// Blocking, with the numbers of AVX-512 on a core with 32 KiB and 1 MiB of cache, head dim 64, floats:
+//   registers  a tile of 8 x 32: 16 sums, 2 of B, of 32 registers; a step is 16 multiply-adds (16 cycles
+//              on a core that starts one a cycle) for 10 loads, and 16 sums cover their latency of 4.
+//   L1         a panel of B, 64 x 32 floats = 8 KiB, meets all the rows of A of a block before the next.
+//   L2         per block of 64 queries x 128 keys: scores 34 KiB, keys and values 64 KiB, queries and sums
+//              32 KiB.  They cross from L2 to L1 about once for 64 x 128 x 128 multiply-adds, 65,536
+//              cycles: 2 bytes a cycle of the 32 that L2 gives.  Backward holds twice that.
+// The exponential takes 12 operations for every 128 multiply-adds, 64 where they are pairs.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "buffer.h"
+#include "pack.h"
+#include "threads.h"
+
+namespace llmkern::attn {
+
+constexpr int kTileRows = W >= 8 ? W / 2 : 4;  // divides W: a tile of keys lies in one vector of a row of scores
+constexpr int kPanel = 2 * W;                  // columns of B in a panel
+constexpr int kQueries = 64;                   // of a block
+constexpr int kKeys = 128;                     // of a block
+constexpr int kPitch = kKeys + 16;             // floats from row to row of a block of scores: not a power of two,
+                                               // so that rows do not meet in one cache set
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+inline int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
+
+struct Problem {
+  int64_t batch, heads, kv_heads, group, s_q, s_k, dim, width;  // width: dim rounded up to vectors
+  float scale;
+
+  Problem(const Tensor& q, const Tensor& k, const Tensor& mask, OptionalInt offset, double scale)
+      : batch(q.size[0]), heads(q.size[1]), kv_heads(k.size[1]), group(heads / kv_heads), s_q(q.size[2]),
+        s_k(k.size[2]), dim(q.size[3]), width(round_up(dim, W)), scale(static_cast<float>(scale)),
+        causal_(offset.given), offset_(std::clamp(offset.value, -s_q - 1, s_k)), mask_(mask) {}
+
+  // Query i sees keys 0 .. visible(i) - 1, as far as the diagonal goes.
+  int64_t visible(int64_t query) const {
+    return causal_ ? std::clamp<int64_t>(query + offset_ + 1, 0, s_k) : s_k;
+  }
+  // The first query that sees a key.
+  int64_t first_query(int64_t key) const { return causal_ ? std::clamp<int64_t>(key - offset_, 0, s_q) : 0; }
+
+  // Applies the mask to the scores of one query and keys key .. key + n - 1.
+  void add_mask(int64_t b, int64_t h, int64_t query, int64_t key, int n, float* scores) const {
+    if (!mask_) return;
+    const int64_t* strides = mask_.stride;
+    const int64_t at = b * strides[0] + h * strides[1] + query * strides[2] + key * strides[3];
+    if (mask_.dtype == DType::boolean)
+      change(mask_.as<uint8_t>() + at, n, scores, [](uint8_t see, float s) { return see ? s : -kInfinity; });
+    else
+      with_type(mask_.dtype, [&](auto t) {
+        using T = decltype(t);
+        change(mask_.as<T>() + at, n, scores, [](T m, float s) { return s + to_float(m); });
+      });
+  }
+
+ private:
+  template <class T, class F>
+  void change(const T* mask, int n, float* scores, const F& f) const {
+    const int64_t stride = mask_.stride[3];
+    if (stride == 1)  // a loop of its own: the compiler makes vectors of it
+      for (int j = 0; j < n; ++j) scores[j] = f(mask[j], scores[j]);
+    else
+      for (int j = 0; j < n; ++j) scores[j] = f(mask[j * stride], scores[j]);
+  }
+
+  bool causal_;
+  int64_t offset_;
+  Tensor mask_;
+};
+
+// The (length, dim) matrix of one head.
+template <class T>
+Matrix<T> head_of(const Tensor& t, int64_t b, int64_t h) {
+  return {t.as<T>() + b * t.stride[0] + h * t.stride[1], t.size[2], t.size[3], t.stride[2], 1};
+}
+
+// Floats that a matrix takes in panels of P rows.
+template <int P, class T>
+int64_t packed_size(int64_t rows, int64_t depth) {
+  return ceil_div(rows, P) * panel_size<P>(ceil_div(depth, Units<T>::depth));
+}
+template <int P, class T>
+void pack_panels(const Matrix<T>& m, float* to) {
+  Packing<P, std::remove_const_t<T>>(m, 0, 0, m.cols).run(ceil_div(m.rows, P), to);
+}
+
+// A block of scores: queries row .. row + rows - 1, keys key .. key + keys - 1.  The diagonal cuts it in
+// steps of tiles: a tile of queries has only those vectors of keys that its last query sees.
+struct Block {
+  int64_t row, key;
+  int rows, keys;
+  int part[kQueries / kTileRows];  // keys of each tile, a multiple of W
+
+  Block(const Problem& p, int64_t row, int64_t row_end, int64_t key, int64_t key_end)
+      : row(row), key(key), rows(static_cast<int>(std::min<int64_t>(kQueries, row_end - row))),
+        keys(static_cast<int>(std::min<int64_t>(kKeys, key_end - key))) {
+    for (int t = 0; t < tiles(); ++t) {
+      const int64_t last = row + std::min((t + 1) * kTileRows, rows) - 1;
+      part[t] = static_cast<int>(round_up(std::clamp<int64_t>(p.visible(last) - key, 0, keys), W));
+    }
+  }
+  int tiles() const { return static_cast<int>(ceil_div(rows, kTileRows)); }
+  int part_of(int i) const { return part[i / kTileRows]; }
+  // The first query of the first tile that has key j of the block.
+  int first_row(int j) const {
+    int t = 0;
+    while (t < tiles() && part[t] <= j) ++t;
+    return t * kTileRows;
+  }
+  // Makes scores -inf that do not count.
+  void hide(const Problem& p, int64_t b, int64_t h, float* scores) const {
+    for (int i = 0; i < rows; ++i, scores += kPitch) {
+      const int see = static_cast<int>(std::clamp<int64_t>(p.visible(row + i) - key, 0, part_of(i)));
+      p.add_mask(b, h, row + i, key, see, scores);
+      std::fill(scores + see, scores + part_of(i), -kInfinity);
+    }
+  }
+};
+
+// sums = A B for kTileRows rows and `vecs` vectors; unit u of row i of A is a[i * Row + u * step].
+template <int depth, int vecs, int Row, class Finish>
+inline void tile(const float* a, int64_t step, const float* b, int units, const Finish& finish) {
+  Vec sums[kTileRows][vecs] = {};
+  for (int u = 0; u < units; ++u, a += step, b += kPanel) {
+    Vec right[vecs];
+#pragma GCC unroll 2
+    for (int j = 0; j < vecs; ++j) right[j] = load(b + j * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i) {
+      const Vec left = set(a[i * Row]);
+#pragma GCC unroll 2
+      for (int j = 0; j < vecs; ++j)
+        sums[i][j] = depth == 2 ? dot(left, right[j], sums[i][j]) : fma(left, right[j], sums[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < vecs; ++j) finish(i, j * W, sums[i][j]);
+}
+
+// The same for the `columns` that are left in a panel.
+template <int depth, int Row, class Finish>
+inline void tile(const float* a, int64_t step, const float* b, int64_t units, int64_t columns, const Finish& finish) {
+  if (columns > W)
+    tile<depth, 2, Row>(a, step, b, static_cast<int>(units), finish);
+  else if (columns > 0)
+    tile<depth, 1, Row>(a, step, b, static_cast<int>(units), finish);
+}
+
+// scores[i][j] = scale · Σ_d left[i][d] right[j][d]
+template <class T>
+void multiply_scores(const Block& block, int64_t dim, const float* left, const float* right, float scale,
+                     float* scores) {
+  constexpr int depth = Units<T>::depth;
+  const int64_t units = ceil_div(dim, depth);
+  for (int j = 0; j < block.keys; j += kPanel, right += panel_size<kPanel>(units))
+    for (int t = 0; t < block.tiles(); ++t) {
+      float* to = scores + t * kTileRows * kPitch + j;
+      tile<depth, 1>(left + t * panel_size<kTileRows>(units), kTileRows, right, units, block.part[t] - j,
+                     [&](int i, int c, Vec sums) { store(to + i * kPitch + c, sums * scale); });
+    }
+}
+
+// finish(i, d, Σ_j scores[i][j] values[j][d]) for the queries i that see a key of the block
+template <class T, class Finish>
+void multiply_rows(const Block& block, const float* scores, const float* values, int64_t width,
+                   const Finish& finish) {
+  constexpr int depth = Units<T>::depth;
+  for (int64_t d = 0; d < width; d += kPanel, values += packed_size<kPanel, T>(kPanel, block.keys))
+    for (int t = 0; t < block.tiles(); ++t) {
+      const int i0 = t * kTileRows, keys = std::min(block.part[t], block.keys);
+      if (keys)
+        tile<depth, kPitch>(scores + i0 * kPitch, 1, values, ceil_div(keys, depth), width - d,
+                            [&](int i, int c, Vec sums) { finish(i0 + i, d + c, sums); });
+    }
+}
+
+// finish(j, d, Σ_i scores[i][j] values[i][d]) for the keys j that a query of the block sees; pairs lie
+// zipped, (scores[2i][j], scores[2i+1][j]) in the place of scores[2i][j]
+template <class T, class Finish>
+void multiply_columns(const Block& block, const float* scores, const float* values, int64_t width,
+                      const Finish& finish) {
+  constexpr int depth = Units<T>::depth, step = depth * kPitch;
+  const int64_t units = ceil_div(block.rows, depth);
+  for (int64_t d = 0; d < width; d += kPanel, values += panel_size<kPanel>(units))
+    for (int j0 = 0; j0 < block.keys; j0 += kTileRows) {
+      const int64_t from = block.first_row(j0) / depth;
+      if (from < units)
+        tile<depth, 1>(scores + from * step + j0, step, values + from * kPanel, units - from, width - d,
+                       [&](int j, int c, Vec sums) { finish(j0 + j, d + c, sums); });
+    }
+}
+
+// Writes rows of floats, `width` apart, as T.
+template <class T, class Factor>
+void write_rows(const float* from, int64_t rows, int64_t width, const Matrix<T>& to, const Factor& factor) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t d = 0; d < to.cols; d += W)
+      store(to.at(i, d), load(from + i * width + d) * factor(i), static_cast<int>(std::min<int64_t>(W, to.cols - d)));
+}
+
+// Scratch that a task carves into arrays, each on a cache line of its own.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats) : buffer_((floats + 64 * kMost) * sizeof(float)), next_(buffer_.as<float>()) {}
+  float* take(int64_t floats) { return std::exchange(next_, next_ + round_up(floats + W, 16)); }
+
+ private:
+  static constexpr int kMost = 16;  // arrays
+  Buffer buffer_;
+  float* next_;
+};
+
+}  // namespace llmkern::attn

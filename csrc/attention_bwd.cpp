@@ -1,0 +1,255 @@
+// Attention backward, block by block (Dao 2023, FlashAttention-2, algorithm 2).  With S as in forward:
+//   P = e^(S - lse),  dP = dout vᵀ,  dS = P ∘ (dP - delta),  delta = rowsum(dout ∘ out) - dlse
+//   dv = Pᵀ dout,  dk = scale · dSᵀ q,  dq = scale · dS k
+//
+// A task is a chunk of the keys of one key head: it goes over these keys block by block, and over the
+// queries that see each block, so dk and dv are its own.  Where a head's keys are cut into several
+// chunks, to have tasks enough for many threads, each chunk sums a dq of its own and a second pass adds
+// them in order.  The cut depends on the shapes alone: the same bits for any number of threads.
+
+#include "attention.h"
+
+namespace llmkern {
+namespace attn {
+namespace {
+
+constexpr int64_t kTasks = 32;     // wanted at least
+constexpr int64_t kMostChunks = 4; // of a head: bounds the memory of partial dq
+
+struct Tensors {
+  const Tensor &dout, &dlse, &q, &k, &v, &out, &lse, &dq, &dk, &dv;
+};
+
+// The queries of one head from `first` on, packed for the five products, in blocks.
+template <class T>
+class PackedQueries {
+ public:
+  static int64_t floats(const Problem& p) {
+    return ceil_div(p.s_q, kQueries) * 2 * (tile_size(p) + panel_size_of(p)) + 2 * round_up(p.s_q, kQueries);
+  }
+  PackedQueries(const Problem& p, Scratch& scratch) : p_(p) {
+    const int64_t blocks = ceil_div(p.s_q, kQueries);
+    for (int i = 0; i < 2; ++i) {
+      tiles_[i] = scratch.take(blocks * tile_size(p));
+      panels_[i] = scratch.take(blocks * panel_size_of(p));
+    }
+    lse_ = scratch.take(p.s_q);
+    delta_ = scratch.take(p.s_q);
+  }
+
+  void pack(const Tensors& t, int64_t b, int64_t h, int64_t first) {
+    const Matrix<const T> matrices[2] = {head_of<const T>(t.q, b, h), head_of<const T>(t.dout, b, h)};
+    const auto out = head_of<const T>(t.out, b, h);
+    for (int64_t row = first; row < p_.s_q; row += kQueries) {
+      const int64_t n = std::min<int64_t>(kQueries, p_.s_q - row), block = row / kQueries;
+      for (int i = 0; i < 2; ++i) {
+        const auto rows = matrices[i].some_rows(row, n);
+        pack_panels<kTileRows>(rows, tiles_[i] + block * tile_size(p_));
+        pack_panels<kPanel>(rows.t(), panels_[i] + block * panel_size_of(p_));
+      }
+    }
+    const float* lse = t.lse.as<float>() + (b * p_.heads + h) * p_.s_q;
+    for (int64_t i = first; i < p_.s_q; ++i) {
+      lse_[i] = lse[i] == -kInfinity ? 0 : lse[i];  // no key: e^(-inf - 0) = 0
+      delta_[i] = dot_rows(matrices[1].at(i, 0), out.at(i, 0));
+      if (t.dlse)
+        delta_[i] -= t.dlse.as<float>()[b * t.dlse.stride[0] + h * t.dlse.stride[1] + i * t.dlse.stride[2]];
+    }
+  }
+
+  // as left operands, over the head dim
+  const float* q_tiles(int64_t row) const { return tiles_[0] + row / kQueries * tile_size(p_); }
+  const float* dout_tiles(int64_t row) const { return tiles_[1] + row / kQueries * tile_size(p_); }
+  // as right operands, over the queries
+  const float* q_panels(int64_t row) const { return panels_[0] + row / kQueries * panel_size_of(p_); }
+  const float* dout_panels(int64_t row) const { return panels_[1] + row / kQueries * panel_size_of(p_); }
+  const float* lse(int64_t row) const { return lse_ + row; }
+  const float* delta(int64_t row) const { return delta_ + row; }
+
+ private:
+  static int64_t tile_size(const Problem& p) { return packed_size<kTileRows, T>(kQueries, p.dim); }
+  static int64_t panel_size_of(const Problem& p) { return packed_size<kPanel, T>(p.dim, kQueries); }
+  float dot_rows(const T* x, const T* y) const {
+    Vec total{};
+    for (int64_t d = 0; d < p_.dim; d += W) {
+      const int n = static_cast<int>(std::min<int64_t>(W, p_.dim - d));
+      total = fma(load(x + d, n), load(y + d, n), total);
+    }
+    return sum(total);
+  }
+
+  const Problem& p_;
+  float *tiles_[2], *panels_[2], *lse_, *delta_;
+};
+
+// One block of keys, packed for the products.
+template <class T>
+class PackedKeys {
+ public:
+  static int64_t floats(const Problem& p) {
+    return 2 * packed_size<kPanel, T>(kKeys, p.dim) + packed_size<kPanel, T>(p.dim, kKeys);
+  }
+  PackedKeys(const Problem& p, Scratch& scratch)
+      : k_columns(scratch.take(packed_size<kPanel, T>(kKeys, p.dim))),
+        v_columns(scratch.take(packed_size<kPanel, T>(kKeys, p.dim))),
+        k_rows(scratch.take(packed_size<kPanel, T>(p.dim, kKeys))) {}
+  void pack(const Matrix<const T>& k, const Matrix<const T>& v) {
+    pack_panels<kPanel>(k, k_columns);
+    pack_panels<kPanel>(v, v_columns);
+    pack_panels<kPanel>(k.t(), k_rows);
+  }
+  float *const k_columns, *const v_columns, *const k_rows;
+};
+
+// A task: keys first .. last - 1 of one key head.
+template <class T>
+class Chunk {
+ public:
+  Chunk(const Problem& p, const Tensors& t, int64_t b, int64_t kv_head, int64_t first, int64_t last)
+      : p_(p), t_(t), b_(b), kv_head_(kv_head), first_(first), last_(last),
+        first_row_(p.first_query(first) / kQueries * kQueries),
+        key_floats_(round_up(last - first, kKeys) * p.width),
+        scratch_(2 * key_floats_ + dq_floats(p) + 3 * kQueries * kPitch + PackedQueries<T>::floats(p) +
+                 PackedKeys<T>::floats(p)),
+        dk_(scratch_.take(key_floats_)), dv_(scratch_.take(key_floats_)), own_dq_(scratch_.take(dq_floats(p))),
+        p_block_(scratch_.take(kQueries * kPitch)), ds_block_(scratch_.take(kQueries * kPitch)),
+        ds_rows_(scratch_.take(kQueries * kPitch)), queries_(p, scratch_), keys_(p, scratch_) {}
+
+  static int64_t dq_floats(const Problem& p) { return round_up(p.s_q, kQueries) * p.width; }
+
+  // `partial_dq`: where to leave dq of the group's heads as floats; null if this chunk has all the keys.
+  void run(float* partial_dq) {
+    std::fill_n(dk_, key_floats_, 0.0f);
+    std::fill_n(dv_, key_floats_, 0.0f);
+    for (int64_t h = kv_head_ * p_.group; h < (kv_head_ + 1) * p_.group; ++h) {
+      dq_ = partial_dq ? partial_dq + h % p_.group * dq_floats(p_) : own_dq_;
+      // the first chunk has the rows too that see no key at all
+      std::fill(dq_ + (first_ ? first_row_ * p_.width : 0), dq_ + dq_floats(p_), 0.0f);
+      add_head(h);
+      if (t_.dq.count() && !partial_dq) write(dq_, t_.dq, h, 0, p_.s_q, p_.scale);
+    }
+    if (t_.dk.count()) write(dk_, t_.dk, kv_head_, first_, last_ - first_, p_.scale);
+    if (t_.dv.count()) write(dv_, t_.dv, kv_head_, first_, last_ - first_, 1);
+  }
+
+ private:
+  void add_head(int64_t h) {
+    queries_.pack(t_, b_, h, first_row_);
+    const auto k = head_of<const T>(t_.k, b_, kv_head_), v = head_of<const T>(t_.v, b_, kv_head_);
+    for (int64_t key = first_; key < last_; key += kKeys) {
+      const int64_t n = std::min<int64_t>(kKeys, last_ - key);
+      keys_.pack(k.some_rows(key, n), v.some_rows(key, n));
+      for (int64_t row = p_.first_query(key) / kQueries * kQueries; row < p_.s_q; row += kQueries)
+        add_block(h, Block(p_, row, p_.s_q, key, last_));
+    }
+  }
+
+  void add_block(int64_t h, const Block& block) {
+    const int64_t row = block.row, width = p_.width;
+    multiply_scores<T>(block, p_.dim, queries_.q_tiles(row), keys_.k_columns, p_.scale, p_block_);
+    multiply_scores<T>(block, p_.dim, queries_.dout_tiles(row), keys_.v_columns, 1.0f, ds_block_);
+    block.hide(p_, b_, h, p_block_);
+    for (int i = 0; i < block.rows; i += 2) differentiate(block, i);
+    const auto into = [width](float* to) {
+      return [=](int i, int64_t d, Vec sums) { store(to + i * width + d, load(to + i * width + d) + sums); };
+    };
+    const int64_t at = (block.key - first_) * width;
+    if (t_.dv.count()) multiply_columns<T>(block, p_block_, queries_.dout_panels(row), width, into(dv_ + at));
+    if (t_.dk.count()) multiply_columns<T>(block, ds_block_, queries_.q_panels(row), width, into(dk_ + at));
+    if (t_.dq.count())
+      multiply_rows<T>(block, pairs ? ds_rows_ : ds_block_, keys_.k_rows, width, into(dq_ + row * width));
+  }
+
+  // Rows i and i + 1 of S and dP into P and dS, in place and as the products want their units.
+  void differentiate(const Block& block, int i) {
+    const bool two = i + 1 < block.rows;
+    float *p0 = p_block_ + i * kPitch, *ds0 = ds_block_ + i * kPitch, *rows = ds_rows_ + i * kPitch;
+    const float *lse = queries_.lse(block.row + i), *delta = queries_.delta(block.row + i);
+    const auto probability = [&](int r, int j) { return softmax_exp(load(p0 + r * kPitch + j) - set(lse[r])); };
+    const auto score_gradient = [&](int r, int j, Vec p) { return p * (load(ds0 + r * kPitch + j) - set(delta[r])); };
+    for (int j = 0; j < block.part_of(i); j += W) {
+      const Vec p_a = probability(0, j), p_b = two ? probability(1, j) : Vec{};
+      const Vec ds_a = score_gradient(0, j, p_a), ds_b = two ? score_gradient(1, j, p_b) : Vec{};
+      if constexpr (pairs) {
+        store(p0 + j, round_to_zipped_pairs(p_a, p_b));
+        store(ds0 + j, round_to_zipped_pairs(ds_a, ds_b));
+        store_halves(rows + j / 2, round_to_pairs(ds_a, ds_b), rows + kPitch + j / 2);
+      } else {
+        store(p0 + j, p_a);
+        store(ds0 + j, ds_a);
+        if (two) {
+          store(p0 + kPitch + j, p_b);
+          store(ds0 + kPitch + j, ds_b);
+        }
+      }
+    }
+  }
+
+  static void store_halves(float* first, Vec x, float* second) {
+    std::memcpy(first, &x, sizeof x / 2);
+    std::memcpy(second, reinterpret_cast<const char*>(&x) + sizeof x / 2, sizeof x / 2);
+  }
+
+  void write(const float* from, const Tensor& to, int64_t h, int64_t row, int64_t rows, float factor) const {
+    write_rows(from, rows, p_.width, head_of<T>(to, b_, h).some_rows(row, rows), [=](int64_t) { return factor; });
+  }
+
+  static constexpr bool pairs = Units<T>::depth == 2;
+  const Problem& p_;
+  const Tensors& t_;
+  const int64_t b_, kv_head_, first_, last_, first_row_, key_floats_;
+  Scratch scratch_;
+  float *const dk_, *const dv_, *const own_dq_, *const p_block_, *const ds_block_, *const ds_rows_;
+  PackedQueries<T> queries_;
+  PackedKeys<T> keys_;
+  float* dq_ = nullptr;
+};
+
+// dq of all heads from the partial sums of their chunks, (chunks, batch · heads, rows of dq).
+template <class T>
+void add_partial(const Problem& p, float* partial, int64_t chunk, int64_t chunks, const Tensor& dq) {
+  const int64_t size = Chunk<T>::dq_floats(p), blocks = ceil_div(p.s_q, kQueries), heads = p.batch * p.heads;
+  parallel_for(heads * blocks, false, [&](int64_t task) {
+    const int64_t head = task / blocks, row = task % blocks * kQueries, n = std::min<int64_t>(kQueries, p.s_q - row);
+    float* total = partial + head * size + row * p.width;
+    for (int64_t c = 1; c < chunks; ++c) {
+      if (p.first_query(c * chunk) / kQueries * kQueries > row) break;  // sees none of these keys
+      const float* part = total + c * heads * size;
+      for (int64_t i = 0; i < n * p.width; i += W) store(total + i, load(total + i) + load(part + i));
+    }
+    const auto to = head_of<T>(dq, head / p.heads, head % p.heads).some_rows(row, n);
+    write_rows(total, n, p.width, to, [&](int64_t) { return p.scale; });
+  });
+}
+
+template <class T>
+void backward(const Problem& p, const Tensors& t) {
+  const int64_t groups = p.batch * p.kv_heads, blocks = ceil_div(p.s_k, kKeys);
+  const int64_t cut = std::clamp<int64_t>(ceil_div(kTasks, std::max<int64_t>(1, groups)), 1, kMostChunks);
+  const int64_t chunk = std::max<int64_t>(1, ceil_div(blocks, cut)) * kKeys;
+  const int64_t chunks = std::max<int64_t>(1, ceil_div(p.s_k, chunk)), dq_floats = Chunk<T>::dq_floats(p);
+  const bool split = chunks > 1 && t.dq.count();
+  const Buffer partial((split ? chunks * p.batch * p.heads * dq_floats : 0) * sizeof(float));
+  parallel_for(groups * chunks, true, [&](int64_t task) {  // the first keys are seen by most: they start first
+    const int64_t c = task / groups, group = task % groups;
+    float* dq = partial.as<float>() + (c * groups + group) * p.group * dq_floats;
+    Chunk<T>(p, t, group / p.kv_heads, group % p.kv_heads, c * chunk, std::min((c + 1) * chunk, p.s_k))
+        .run(split ? dq : nullptr);
+  });
+  if (split) add_partial<T>(p, partial.as<float>(), chunk, chunks, t.dq);
+}
+
+}  // namespace
+}  // namespace attn
+
+void attention_bwd(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor mask, Tensor out, Tensor lse,
+                   OptionalInt causal_offset, double scale, std::vector<bool>, Tensor dq, Tensor dk, Tensor dv,
+                   Tensor) {
+  const attn::Problem problem(q, k, mask, causal_offset, scale);
+  const attn::Tensors tensors{dout, dlse, q, k, v, out, lse, dq, dk, dv};
+  with_type(q.dtype, [&](auto t) { attn::backward<decltype(t)>(problem, tensors); });
+}
+
+KERNEL(attention_bwd);
+
+}  // namespace llmkern

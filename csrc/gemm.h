@@ -1,0 +1,177 @@
+// One blocked matrix product for all kernels:  C[m][n] = Σ_k A[m][k] B[n][k],  sums in float, and an
+// epilogue that sees every element once, complete.
+//
+//   Packed<T> w(weight);                          // (N, K), packed by all threads; use it again and again
+//   multiply(x, w, [&](int64_t row, int64_t col, Vec c, int n) { store(y + row * N + col, c, n); });
+//
+// Blocking, with the numbers of AVX-512 on a core with 32 KiB, 1 MiB and a 32 MiB shared cache:
+//   registers  a tile of 12 x 32: 24 sums + 2 of B = 26 of 32 registers; A enters as a broadcast operand.
+//              A step along k is 24 multiply-adds for 14 loads, so arithmetic is the limit, and 24 sums
+//              in flight cover the latency of 4 cycles twice and more.
+//   L1         a panel of A, 12 x 384 floats = 18 KiB; the panel of B streams past it, 128 bytes in 24
+//              cycles, prefetched.
+//   L2         12 panels of A = 144 rows, 216 KiB, and the panel of B, 48 KiB, that all of them use.
+//   L3         all of B packed, shared by the threads: each brings a panel in once for 144 rows, which is
+//              48 KiB for 12 x 384 x 24 cycles, 0.4 bytes a cycle.
+// bfloat16 pairs fill the same registers and bytes with twice the depth.
+//
+// A tile belongs to one thread and k runs in order, in blocks that depend on K alone: the same bits for
+// any number of threads.
+#pragma once
+
+#include "buffer.h"
+#include "pack.h"
+#include "threads.h"
+
+namespace llmkern {
+
+#if defined(__AVX512F__)
+constexpr int kTileRows = 12, kTileCols = 32;  // 24 sums, 2 of B, of 32 registers
+#elif defined(__AVX2__)
+constexpr int kTileRows = 6, kTileCols = 16;  // 12 sums, 2 of B, 1 of A, of 16 registers
+#else
+constexpr int kTileRows = 4, kTileCols = 8;  // 8 sums, 2 of B, 1 of A, of 16 registers
+#endif
+constexpr int64_t kTile = kTileRows * kTileCols;
+constexpr int64_t kDepth = 384;            // units of a block along k
+constexpr int64_t kRowPanels = 144 / kTileRows;  // most panels of A in a task
+constexpr int64_t kColPanels = 768 / kTileCols;  // and of B
+constexpr int64_t kPackedBytes = 16 << 20;  // of B that are packed at a time when it is used once
+
+// tile (kTileRows x kTileCols) = or += a · b over `units` steps of two packed panels.
+template <int depth>
+[[gnu::noinline]] void multiply_tile(int64_t units, const float* a, const float* b, float* tile, bool add) {
+  constexpr int kVecs = kTileCols / W;
+  Vec sums[kTileRows][kVecs] = {};
+  for (int64_t u = 0; u < units; ++u, a += kTileRows, b += kTileCols) {
+    Vec row[kVecs];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) {
+      row[j] = load(b + j * W);
+      prefetch(b + 8 * kTileCols + j * W);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileRows; ++i) {
+      const Vec x = set(a[i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j)
+        sums[i][j] = depth == 2 ? dot(x, row[j], sums[i][j]) : fma(x, row[j], sums[i][j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) {
+      float* to = tile + i * kTileCols + j * W;
+      store(to, add ? sums[i][j] + load(to) : sums[i][j]);
+    }
+}
+
+// The second operand in panels, (ceil(N / kTileCols), units of K, kTileCols).
+template <class T>
+class Packed {
+ public:
+  const int64_t rows, depth;
+
+  explicit Packed(const Matrix<const T>& m)
+      : rows(m.rows), depth(m.cols), units_(ceil_div(depth, Units<T>::depth)), buffer_(panels() * size() * sizeof(float)) {
+    parallel_for(panels(), false, [&](int64_t i) {
+      Packing<kTileCols, T>(m, i * kTileCols, 0, depth).run(1, buffer_.as<float>() + i * size());
+    });
+  }
+  int64_t panels() const { return ceil_div(rows, kTileCols); }
+  const float* panel(int64_t i, int64_t unit) const {
+    return buffer_.as<float>() + i * size() + unit * kTileCols;
+  }
+
+ private:
+  int64_t size() const { return panel_size<kTileCols>(units_); }
+  int64_t units_;
+  Buffer buffer_;
+};
+
+// `count` panels in equal parts of at most `most`, and at least `want` parts where there are as many.
+inline int64_t part_size(int64_t count, int64_t most, int64_t want) {
+  const int64_t parts = std::max(ceil_div(count, most), std::min(count, want));
+  return parts ? ceil_div(count, parts) : 1;
+}
+
+// Where complete tiles go: an epilogue behind one indirect call a tile, so that the blocked loops are
+// compiled once for all epilogues.
+class Finish {
+ public:
+  template <class Epilogue>
+  Finish(const Epilogue& epilogue, int64_t rows, int64_t first_col, int64_t cols)
+      : epilogue_(&epilogue), call_(&each<Epilogue>), rows_(rows), first_col_(first_col), cols_(cols) {}
+  void operator()(const float* tile, int64_t row, int64_t col) const { call_(*this, tile, row, col); }
+
+ private:
+  template <class Epilogue>
+  static void each(const Finish& f, const float* tile, int64_t row, int64_t col) {
+    const Epilogue& epilogue = *static_cast<const Epilogue*>(f.epilogue_);
+    const int64_t rows = std::min<int64_t>(kTileRows, f.rows_ - row);
+    const int64_t cols = std::min<int64_t>(kTileCols, f.cols_ - col);
+    for (int64_t i = 0; i < rows; ++i, tile += kTileCols)
+      for (int64_t j = 0; j < cols; j += W)
+        epilogue(row + i, f.first_col_ + col + j, load(tile + j), static_cast<int>(std::min<int64_t>(W, cols - j)));
+  }
+  const void* epilogue_;
+  void (*call_)(const Finish&, const float*, int64_t, int64_t);
+  int64_t rows_, first_col_, cols_;
+};
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// Panels `rows` of A times panels `cols` of B, by one thread.
+template <class T>
+void multiply_block(const Matrix<const T>& a, const Packed<T>& b, Range rows, Range cols, const Finish& finish) {
+  constexpr int depth = Units<T>::depth;
+  const int64_t units = ceil_div(a.cols, depth), blocks = std::max<int64_t>(1, ceil_div(units, kDepth));
+  const int64_t step = ceil_div(units, blocks);
+  const Buffer panels(rows.size() * panel_size<kTileRows>(step) * sizeof(float));
+  const Buffer sums((blocks > 1 ? rows.size() * cols.size() : 1) * kTile * sizeof(float));
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t u = block * step, n = std::min(step, units - u);
+    Packing<kTileRows, T>(a, rows.begin * kTileRows, u * depth, std::min(n * depth, a.cols - u * depth))
+        .run(rows.size(), panels.as<float>());
+    for (int64_t j = 0; j < cols.size(); ++j)
+      for (int64_t i = 0; i < rows.size(); ++i) {
+        float* tile = sums.as<float>() + (blocks > 1 ? (j * rows.size() + i) * kTile : 0);
+        const float* panel = panels.as<float>() + i * panel_size<kTileRows>(n);
+        multiply_tile<depth>(n, panel, b.panel(cols.begin + j, u), tile, block > 0);
+        if (block + 1 == blocks) finish(tile, (rows.begin + i) * kTileRows, (cols.begin + j) * kTileCols);
+      }
+  }
+}
+
+template <class T>
+void multiply_blocks(const Matrix<const T>& a, const Packed<T>& b, const Finish& finish) {
+  const int64_t row_panels = ceil_div(a.rows, kTileRows), col_panels = b.panels();
+  const int64_t want = threads() > 1 ? 4 * threads() : 1;  // tasks, so that no thread waits long for another
+  const int64_t tall = part_size(row_panels, kRowPanels, want), row_parts = ceil_div(row_panels, tall);
+  const int64_t wide = part_size(col_panels, kColPanels, ceil_div(want, std::max<int64_t>(1, row_parts)));
+  parallel_for(row_parts * ceil_div(col_panels, wide), true, [&](int64_t task) {
+    const int64_t i = task % row_parts * tall, j = task / row_parts * wide;
+    multiply_block(a, b, {i, std::min(i + tall, row_panels)}, {j, std::min(j + wide, col_panels)}, finish);
+  });
+}
+
+// epilogue(row, col, values, n): n sums of row `row` from column `col` on, on some thread.
+template <class T, class Epilogue>
+void multiply(const Matrix<const T>& a, const Packed<T>& b, const Epilogue& epilogue, int64_t first_col = 0) {
+  multiply_blocks(a, b, Finish(epilogue, a.rows, first_col, b.rows));
+}
+
+// The same for a second operand that is used once: packed in parts that stay in the shared cache.
+template <class T, class Epilogue>
+void multiply(const Matrix<const T>& a, const Matrix<const T>& b, const Epilogue& epilogue) {
+  const int64_t bytes = std::max<int64_t>(1, b.cols) * kTileCols * 4 / Units<T>::depth;
+  const int64_t rows = std::max<int64_t>(1, kPackedBytes / bytes) * kTileCols;
+  for (int64_t first = 0; first < b.rows; first += rows)
+    multiply(a, Packed<T>(b.some_rows(first, std::min(rows, b.rows - first))), epilogue, first);
+}
+
+}  // namespace llmkern

@@ -1,0 +1,85 @@
+"""Block sizes, warps and pipeline stages of every kernel: the one place that tuning changes.
+
+Chosen by ahead-of-time compilation (`python -m benchmarks.aot`): on sm_80, sm_90, sm_100 and gfx942
+none of them spills a register or asks for more shared memory than a block may have.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """One program's share of a matrix product, rows by columns, and how it is run."""
+
+    rows: int
+    cols: int
+    warps: int
+    stages: int
+
+
+# attention: rows are queries, columns are keys; by (bytes of an element, padded head dim)
+ATTENTION_FWD = {
+    (2, 16): Tile(128, 64, 4, 3),
+    (2, 32): Tile(128, 64, 4, 3),
+    (2, 64): Tile(128, 64, 4, 3),
+    (2, 128): Tile(128, 64, 8, 2),
+    (2, 256): Tile(128, 32, 8, 2),
+    (4, 16): Tile(64, 32, 4, 2),
+    (4, 32): Tile(64, 32, 4, 2),
+    (4, 64): Tile(32, 32, 4, 2),
+    (4, 128): Tile(32, 32, 4, 1),
+    (4, 256): Tile(16, 32, 4, 1),
+}
+ATTENTION_DKV = {
+    (2, 16): Tile(64, 64, 4, 2),
+    (2, 32): Tile(64, 64, 4, 2),
+    (2, 64): Tile(64, 64, 4, 2),
+    (2, 128): Tile(32, 64, 4, 2),
+    (2, 256): Tile(32, 64, 8, 1),
+    (4, 16): Tile(32, 32, 4, 1),
+    (4, 32): Tile(32, 32, 4, 1),
+    (4, 64): Tile(32, 32, 4, 1),
+    (4, 128): Tile(16, 32, 4, 1),
+    (4, 256): Tile(16, 16, 4, 1),
+}
+ATTENTION_DQ = {
+    (2, 16): Tile(64, 64, 4, 2),
+    (2, 32): Tile(64, 64, 4, 2),
+    (2, 64): Tile(64, 64, 4, 2),
+    (2, 128): Tile(64, 32, 4, 2),
+    (2, 256): Tile(64, 32, 8, 1),
+    (4, 16): Tile(32, 32, 4, 1),
+    (4, 32): Tile(32, 32, 4, 1),
+    (4, 64): Tile(32, 32, 4, 1),
+    (4, 128): Tile(32, 16, 4, 1),
+    (4, 256): Tile(16, 16, 4, 1),
+}
+
+# matrix products; by (bytes of an element, number of accumulators)
+GEMM = {
+    (2, 1): Tile(128, 128, 8, 3),
+    (2, 2): Tile(128, 64, 8, 3),
+    (4, 1): Tile(64, 64, 4, 2),
+    (4, 2): Tile(64, 32, 4, 2),
+}
+GEMM_DEPTH = {2: 64, 4: 16}  # of the inner dimension in one step, by bytes of an element
+GEMM_GROUP = 8  # row blocks that run together and share columns in the L2 cache
+
+# rows of elements: norms, losses and sums
+NORM_ELEMENTS = 2048  # of one program: several short rows, or a part of a long one
+NORM_BLOCK = 8192  # the longest row that stays in registers
+NORM_CHUNKS = 256  # groups of rows whose weight gradients are summed apart, then added
+LOSS_BLOCK = 4096
+SUM_ROWS, SUM_COLS = 32, 64  # of one step of a column sum
+SUM_CHUNK = 512  # rows of one program of it
+
+
+def gemm(dtype: torch.dtype, accumulators: int = 1) -> Tile:
+    """The tile of a matrix product."""
+    return GEMM[dtype.itemsize, accumulators]
+
+
+def warps(elements: int) -> int:
+    """Warps of a program that goes over this many elements at once: 16 to 32 for each thread."""
+    return max(1, min(16, elements // 512))

@@ -1,0 +1,27 @@
+"""When may a kernel read a child's weights instead of calling the child?"""
+
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its class's forward: hooks, or a forward of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def must_call(**children: nn.Module) -> str | None:
+    """Why these linears cannot be fused, or None: LoRA, quantisation, sharding and hooks live in them."""
+    for name, child in children.items():
+        if type(child) is not nn.Linear:
+            return f"{name} is a {type(child).__name__}, not a torch.nn.Linear"
+        if hooked(child):
+            return f"{name} has hooks or a forward of its own"
+        if is_traceable_wrapper_subclass(child.weight):
+            return f"the weight of {name} is a {type(child.weight).__name__}"
+    return None

@@ -1,0 +1,224 @@
+"""Put llmkern's kernels into somebody's model, in place, and take them out again.
+
+A module is swapped by giving it another class, `module.__class__ = llmkern.nn.LayerNorm`: a subclass
+of its own that overrides forward.  So it keeps its Parameters, names, hooks and options, and
+optimizers, `state_dict`, `deepcopy` and `torch.save` see no difference.  Nothing outside the model is
+touched.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import nn
+
+from . import nn as kernel_nn
+from .nn import plain
+from .nn.ffn import looks_like_ffn, parts, why_unfused
+from .ops.attention import MAX_HEAD_DIM
+from .report import Entry, NoEffectWarning, Report, SwapError
+
+
+def _nothing(module: nn.Module) -> None:
+    return None
+
+
+class Rule(NamedTuple):
+    """How one class is swapped.
+
+    Attributes:
+        kind: the argument of `swap_` that turns it off.
+        was: the class to look for, exactly.
+        now: its subclass to put in.
+        refuse: why a module of class `was` has to be left alone, or None.
+        note: what torch will still compute in it, or None.
+        concerns: whether a module of class `was` is one at all (for classes used for many things).
+    """
+
+    kind: str
+    was: type[nn.Module]
+    now: type[nn.Module]
+    refuse: Callable[[nn.Module], str | None] = _nothing
+    note: Callable[[nn.Module], str | None] = _nothing
+    concerns: Callable[[nn.Module], bool] = lambda module: True
+
+
+def _refuse_attention(module: nn.Module) -> str | None:
+    if module.head_dim <= MAX_HEAD_DIM:
+        return None
+    return f"its head dim is {module.head_dim}, the kernels take 1 to {MAX_HEAD_DIM}"
+
+
+def _note_attention(module: nn.Module) -> str | None:
+    if module.dropout == 0:
+        return None
+    return f"while training, torch computes the attention because of its dropout {module.dropout}"
+
+
+def _refuse_sequential(module: nn.Sequential) -> str | None:
+    first, activation, _, last, _ = parts(module)
+    return why_unfused(activation, None, first, last)
+
+
+def _note_sequential(module: nn.Sequential) -> str | None:
+    return _note_dropout(parts(module)[2])
+
+
+def _note_encoder(module: nn.TransformerEncoderLayer) -> str | None:
+    unfused = why_unfused(module.activation, None, module.linear1, module.linear2)
+    if unfused:
+        return f"torch computes the feed-forward because {unfused}"
+    return _note_dropout(module.dropout)
+
+
+def _note_dropout(dropout: nn.Dropout | None) -> str | None:
+    if dropout is None or dropout.p == 0:
+        return None
+    return f"while training, torch computes the feed-forward because of its dropout {dropout.p}"
+
+
+RULES = [
+    Rule("norm", nn.LayerNorm, kernel_nn.LayerNorm),
+    Rule("norm", nn.RMSNorm, kernel_nn.RMSNorm),
+    Rule("norm", plain.Block, kernel_nn.Block),
+    Rule("ffn", plain.MLP, kernel_nn.MLP),
+    Rule("ffn", plain.GatedMLP, kernel_nn.GatedMLP),
+    Rule("loss", nn.CrossEntropyLoss, kernel_nn.CrossEntropyLoss),
+    Rule(
+        "ffn", nn.Sequential, kernel_nn.SequentialFFN,
+        refuse=_refuse_sequential, note=_note_sequential, concerns=looks_like_ffn,
+    ),
+    Rule(
+        "ffn", nn.TransformerEncoderLayer, kernel_nn.TransformerEncoderLayer,
+        note=_note_encoder,
+    ),
+    Rule(
+        "attention", nn.MultiheadAttention, kernel_nn.MultiheadAttention,
+        refuse=_refuse_attention, note=_note_attention,
+    ),
+    Rule(
+        "attention", plain.CausalSelfAttention, kernel_nn.CausalSelfAttention,
+        refuse=_refuse_attention, note=_note_attention,
+    ),
+]  # fmt: skip
+
+
+def swap_(
+    model: nn.Module,
+    attention: bool = True,
+    ffn: bool = True,
+    norm: bool = True,
+    loss: bool | str = "auto",
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    strict: bool = False,
+) -> Report:
+    """Swap a model's modules for those of `llmkern.nn`, in place; `restore_` undoes it.
+
+    Only modules whose class is exactly one of torch's or of `llmkern.nn.plain` are swapped, and only
+    where llmkern computes the same; the report says why the others were left alone.
+
+    Args:
+        model: any module; itself included.
+        attention: swap MultiheadAttention and CausalSelfAttention.
+        ffn: swap MLP, GatedMLP, TransformerEncoderLayer, and each Sequential of linear, activation,
+            linear.
+        norm: swap LayerNorm, RMSNorm, and Block (for the add inside the norm).
+        loss: swap CrossEntropyLoss; "auto" does so where the model has one, True warns if it has none.
+        filter_fn: called with (module, path); only modules for which it is true are swapped.
+        strict: raise if anything that could be swapped has to be left alone.
+
+    Returns:
+        A Report, to print: every module swapped, and every candidate left alone with the reason.
+
+    Raises:
+        SwapError: with `strict`, before anything is changed.
+        ValueError: an unknown `loss`.
+
+    Warns:
+        NoEffectWarning: nothing was swapped.
+    """
+    if loss not in (True, False, "auto"):
+        raise ValueError(f"swap_: loss is {loss!r}, expected True, False or 'auto'")
+    kinds = {"attention": attention, "ffn": ffn, "norm": norm, "loss": bool(loss)}
+    report, classes = Report(), {}
+    for path, module in model.named_modules():
+        rule = _find(module)
+        if rule is None or not kinds[rule.kind] or (filter_fn is not None and not filter_fn(module, path)):
+            continue
+        reason = _why_left(module, rule)
+        if reason is None:
+            classes[module] = rule.now
+        note = reason or rule.note(module) or ""
+        report.entries.append(Entry(path, _name(module), None if reason else _name(rule.now), note))
+    if strict and report.left:
+        raise SwapError(f"swap_: strict=True, but these would be left alone:\n{report}")
+    for module, cls in classes.items():
+        module.__class__ = cls
+    _warn_without_effect(report, model, loss)
+    return report
+
+
+def restore_(model: nn.Module) -> Report:
+    """Give every module of `llmkern.nn` in `model` its torch class back, in place; reports which."""
+    report = Report()
+    for path, module in model.named_modules():
+        for rule in RULES:
+            if type(module) is rule.now:
+                module.__class__ = rule.was
+                report.entries.append(Entry(path, _name(rule.now), _name(rule.was)))
+    return report
+
+
+@contextmanager
+def swapped(model: nn.Module, **options) -> Iterator[Report]:
+    """`swap_(model, **options)` inside the `with` block; afterwards the model is as it was before."""
+    before = {module: type(module) for module in model.modules()}
+    try:
+        yield swap_(model, **options)
+    finally:
+        for module, cls in before.items():
+            module.__class__ = cls
+
+
+def _find(module: nn.Module) -> Rule | None:
+    """The rule for a module's class or the nearest of its bases; None if unknown, or swapped already."""
+    for cls in type(module).__mro__:
+        for rule in RULES:
+            if cls is rule.now:
+                return None
+            if cls is rule.was:
+                return rule if rule.concerns(module) else None
+    return None
+
+
+def _why_left(module: nn.Module, rule: Rule) -> str | None:
+    if type(module) is not rule.was:
+        return f"a subclass of {rule.was.__name__}; only {_name(rule.was)} itself is swapped"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    return rule.refuse(module)
+
+
+def _name(cls: type | nn.Module) -> str:
+    """torch.nn.LayerNorm, llmkern.nn.LayerNorm, mine.Model: where users import it from."""
+    cls = cls if isinstance(cls, type) else type(cls)
+    for prefix in ("torch.nn", "llmkern.nn.plain", "llmkern.nn"):
+        if cls.__module__.startswith(prefix):
+            return f"{prefix}.{cls.__name__}"
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _warn_without_effect(report: Report, model: nn.Module, loss: bool | str) -> None:
+    now = [type(module) for module in model.modules()]
+    if not any(rule.now in now for rule in RULES):
+        reasons = "; ".join(f"{e.path or 'the model'}: {e.note}" for e in report.left)
+        reasons = reasons or "it has no module that llmkern knows"
+        message = f"swap_: nothing in {type(model).__name__} was swapped: {reasons}"
+        warnings.warn(message, NoEffectWarning, stacklevel=3)
+    elif loss is True and kernel_nn.CrossEntropyLoss not in now:
+        warnings.warn(
+            f"swap_: loss is True, but {type(model).__name__} has no CrossEntropyLoss module",
+            NoEffectWarning,
+            stacklevel=3,
+        )

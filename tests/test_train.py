@@ -1,0 +1,126 @@
+"""The training loop, its schedule, and the comparison of two runs."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from llmkern.compare import Comparison
+from llmkern.measure import peak_bytes, time_by_kind
+from llmkern.models import GPTConfig
+from llmkern.text import Batches
+from llmkern.train import TrainConfig, Trainer, evaluate, warmup_cosine
+
+TOKENS = torch.arange(400) % 7  # a text that can be learned
+
+
+class Tiny(nn.Module):
+    """Predicts the next token from the last one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(7, 7)
+        self.bias = nn.Parameter(torch.zeros(7))
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, idx, targets):
+        logits = self.table(idx) + self.bias + 0 * self.dropout(self.bias)
+        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def _trainer(steps=30, **options):
+    return Trainer(Tiny(), Batches(TOKENS, 4, 8), TrainConfig(steps, 0.1, 0.01, warmup_steps=5, **options))
+
+
+def test_schedule():
+    rates = [warmup_cosine(step, steps=20, warmup=4, peak=1.0, floor=0.1) for step in range(25)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0 and rates[12] == pytest.approx(0.55)
+    assert rates[20:] == [0.1] * 5
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+
+
+def test_it_learns_and_tells():
+    records = list(_trainer())
+    assert [record.step for record in records] == list(range(30))
+    assert records[-1].loss < 0.5 * records[0].loss
+    assert all(r.tokens == 32 and r.seconds > 0 and r.grad_norm > 0 for r in records)
+    assert records[4].learning_rate == 0.1
+
+
+def test_same_seed_same_losses():
+    first, second = ([record.loss for record in _trainer(5)] for _ in range(2))
+    assert first == second
+
+
+def test_only_matrices_decay():
+    decay = {p.dim(): g["weight_decay"] for g in _trainer().optimizer.param_groups for p in g["params"]}
+    assert decay == {2: 0.1, 1: 0.0}
+
+
+def test_gradients_are_clipped():
+    trainer = _trainer(1, grad_clip=1e-3)
+    norms = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_: norms.append(math.hypot(*(p.grad.norm().item() for p in trainer.model.parameters())))
+    )
+    record = trainer.advance()
+    assert record.grad_norm > 0.1 and norms == [pytest.approx(1e-3, rel=1e-2)]
+
+
+def test_a_loss_that_is_not_finite_stops_the_training():
+    trainer = _trainer()
+    trainer.advance()
+    with torch.no_grad():
+        trainer.model.bias[0] = math.nan
+    with pytest.raises(FloatingPointError, match="loss is nan at step 1"):
+        trainer.advance()
+
+
+def test_evaluate_leaves_the_model_as_it_was():
+    model, batches = Tiny().train(), Batches(TOKENS, 4, 8)
+    before = [p.clone() for p in model.parameters()]
+    losses = [model.eval()(*batches[step])[1].item() for step in range(3)]
+    model.train()
+    assert evaluate(model, batches, 3) == pytest.approx(sum(losses) / 3)
+    assert model.training and all(map(torch.equal, before, model.parameters()))
+
+
+def test_bfloat16_runs_under_autocast():
+    trainer = _trainer(2, dtype=torch.bfloat16)
+    assert all(math.isfinite(record.loss) for record in trainer)
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+def test_peak_counts_what_is_live_at_once():
+    weight = torch.ones(1000)
+
+    def step():
+        kept = weight + 1  # 4000 bytes
+        for _ in range(3):
+            weight.view(10, 100).exp()  # 4000 bytes, freed each time
+        return kept.mul_(2)
+
+    assert peak_bytes(step) == 8000
+
+
+def test_time_by_kind_sums_to_the_whole():
+    layer = nn.Linear(256, 256)
+    seconds = time_by_kind(lambda: layer(torch.ones(512, 256)).sum().backward(), "cpu")
+    assert seconds["linear and ffn"] > 0 and seconds["attention"] == 0 and seconds["rest"] > 0
+
+
+def test_comparison_of_plain_and_swapped():
+    batches = Batches(TOKENS, 2, 16)
+    comparison = Comparison(GPTConfig(7, 16, 1, 2, 32), batches, TrainConfig(3), seed=0, device="cpu")
+    told = []
+    comparison.train(lambda plain, swapped: told.append((plain.step, swapped.step)))
+    comparison.measure(batches)
+    assert told == [(0, 0), (1, 1), (2, 2)]
+    assert comparison.largest_difference() < 1e-4
+    assert set(comparison.backends_by_op()) == {"attention", "cross_entropy", "ffn", "layer_norm"}
+    assert all(run.peak_bytes > 0 for run in (comparison.plain, comparison.swapped))
+    assert not any("llmkern.nn" in repr(type(m)) and ".plain" not in repr(type(m))
+                   for m in comparison.plain.trainer.model.modules())  # fmt: skip
