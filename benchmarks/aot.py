@@ -95,15 +95,15 @@ def cases(op: Op, dtype: torch.dtype) -> Iterator[Sample]:
     make = Make(dtype)
     yield from op.benchmarks(make)
     if op.family == "attention":
-        mask = make.integers(2, 2, 1, 1, 1024) == 1
-        for dim in (16, 32, 128, 256):
-            yield Sample(f"head dim {dim}", tuple(make(2, h, 1024, dim) for h in (4, 2, 2)), {})
-            kwargs = {"is_causal": True}
-            yield Sample(f"head dim {dim}, causal", tuple(make(2, h, 1024, dim) for h in (4, 2, 2)), kwargs)
+        for dim in (16, 32, 256):
+            qkv = tuple(make(2, heads, 1024, dim) for heads in (4, 2, 2))
+            yield Sample(f"head dim {dim}, causal", qkv, {"is_causal": True})
         for dim in (64, 128, 256):
             qkv = tuple(make(2, 4, 1024, dim) for _ in range(3))
-            yield Sample(f"head dim {dim}, bool mask", qkv, {"attn_mask": mask})
             yield Sample(f"head dim {dim}, float mask", qkv, {"attn_mask": make(1024, 1024)})
+        qkv = tuple(make(2, 4, 1024, 64) for _ in range(3))
+        yield Sample("not causal", qkv, {})
+        yield Sample("bool mask", qkv, {"attn_mask": make.integers(2, 2, 1, 1, 1024) == 1})
     if op.family == "norm":
         yield Sample("wide", (make(64, 20000), (20000,), make(20000)), {})
     if op.family == "loss":
@@ -127,7 +127,9 @@ def on_meta(sample: Sample) -> Sample:
 
 
 @contextmanager
-def compiling(index: int, target: Target, found: Callable[[Any, str], None]) -> Iterator[None]:
+def compiling(
+    index: int, target: Target, found: Callable[[Any, str], None], skip: Callable[[str], bool]
+) -> Iterator[None]:
     """Inside the `with` block a launch compiles for `target` and calls found(kernel, its name)."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -135,7 +137,8 @@ def compiling(index: int, target: Target, found: Callable[[Any, str], None]) -> 
     launch = JITFunction.run
 
     def run(self, *args, grid, warmup, **kwargs):
-        found(launch(self, *args, grid=grid, warmup=True, **kwargs), self.__name__)
+        if not skip(self.__name__):
+            found(launch(self, *args, grid=grid, warmup=True, **kwargs), self.__name__)
 
     driver.set_active(Driver(index, target))
     with mock.patch.object(JITFunction, "run", run):
@@ -163,23 +166,29 @@ def only_triton(op: Op) -> Iterator[None]:
         yield
 
 
-def compile_all(name: str, dtype: str, ops: Sequence[str]) -> list[Compiled]:
-    """Compile both halves of `ops` in `dtype` for the target `name`; one result for each kernel."""
+def compile_op(name: str, dtype: str, op: str, once: bool = False) -> list[Compiled]:
+    """Compile both halves of `op` in `dtype` for the target `name`; one result for each kernel.
+
+    Args:
+        once: only the first launch of each kernel function, in place of every case.
+    """
     targets = {**TARGETS, **MORE_TARGETS}
     results: dict[int, Compiled] = {}
-    for op in (OPS[op] for op in ops):
-        with FakeTensorMode():
-            samples = list(cases(op, getattr(torch, dtype)))
-        for sample in map(on_meta, samples):
-            case = f"{op.name} {sample.label}"
+    with FakeTensorMode():
+        samples = list(cases(OPS[op], getattr(torch, dtype)))
+    for sample in map(on_meta, samples):
+        case = f"{op} {sample.label}"
 
-            def found(kernel: Any, function: str, case: str = case) -> None:
-                if id(kernel) not in results:  # the driver's cache keeps every kernel alive
-                    results[id(kernel)] = inspect(kernel, function, name, targets[name], dtype, case)
+        def found(kernel: Any, function: str, case: str = case) -> None:
+            if id(kernel) not in results:  # Triton's cache keeps every kernel alive
+                results[id(kernel)] = inspect(kernel, function, name, targets[name], dtype, case)
 
-            with compiling(list(targets).index(name), targets[name], found), only_triton(op):
-                out = op.public(*sample.args, **sample.kwargs)
-                (out[0] if isinstance(out, tuple) else out).sum().backward()
+        def skip(function: str) -> bool:
+            return once and any(row.kernel == function for row in results.values())
+
+        with compiling(list(targets).index(name), targets[name], found, skip), only_triton(OPS[op]):
+            out = OPS[op].public(*sample.args, **sample.kwargs)
+            (out[0] if isinstance(out, tuple) else out).sum().backward()
     return list(results.values())
 
 
@@ -227,11 +236,13 @@ def amd_usage(kernel: Any) -> tuple[int, int]:
     return count["vgpr_count"], count["vgpr_spill_count"]
 
 
-def compile_in_parallel(targets: Sequence[str], dtypes: Sequence[str], ops: Sequence[str]) -> list[Compiled]:
-    """`compile_all` for every target, dtype and op, on all cores."""
-    jobs = [(target, dtype, [op]) for target in targets for dtype in dtypes for op in ops]
+def compile_in_parallel(
+    targets: Sequence[str], dtypes: Sequence[str], ops: Sequence[str], once: bool = False
+) -> list[Compiled]:
+    """`compile_op` for every target, dtype and op, on all cores."""
+    jobs = [(target, dtype, op, once) for target in targets for dtype in dtypes for op in ops]
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        return [row for rows in pool.starmap(compile_all, jobs, chunksize=1) for row in rows]
+        return [row for rows in pool.starmap(compile_op, jobs, chunksize=1) for row in rows]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -241,6 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--target", nargs="+", choices=[*TARGETS, *MORE_TARGETS], default=list(TARGETS))
     parser.add_argument("--all", action="store_true", help=f"also for {', '.join(MORE_TARGETS)}")
+    parser.add_argument("--once", action="store_true", help="only the first launch of each kernel")
     parser.add_argument("--failed", action="store_true", help="print only kernels with a problem")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -249,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown op {', '.join(unknown)}, expected one of {', '.join(OPS)}")
     targets = [*TARGETS, *MORE_TARGETS] if args.all else args.target
     torch.set_num_threads(1)
-    rows = compile_in_parallel(targets, args.dtype, args.ops or list(OPS))
+    rows = compile_in_parallel(targets, args.dtype, args.ops or list(OPS), args.once)
     for row in rows:
         if row.problems or not args.failed:
             print(

@@ -1,8 +1,8 @@
 // What both directions of attention share: the problem, its mask, the product of packed blocks.
 //
 // A product of blocks is C[m][n] (+)= Σ_k A[m][k] B[k][n].  B lies in panels of kPanel columns,
-// [k][kPanel], packed by pack.h; A is read as broadcast operands and is either packed in panels of
-// kTileRows rows, [k][kTileRows], or the block of probabilities as softmax left it.  k counts units:
+// [k][kPanel], packed by pack.h; A is read as broadcast operands and is either packed in panels of W
+// rows, [k][W], or the block of probabilities as softmax left it.  k counts units:
 // floats, or pairs of bfloat16 where the processor multiplies those (see pack.h).
 //
 // Blocking, with the numbers of AVX-512 on a core with 32 KiB and 1 MiB of cache, head dim 64, floats:
@@ -168,8 +168,9 @@ void multiply_scores(const Block& block, int64_t dim, const float* left, const f
   const int64_t units = ceil_div(dim, depth);
   for (int j = 0; j < block.keys; j += kPanel, right += panel_size<kPanel>(units))
     for (int t = 0; t < block.tiles(); ++t) {
-      float* to = scores + t * kTileRows * kPitch + j;
-      tile<depth, 1>(left + t * panel_size<kTileRows>(units), kTileRows, right, units, block.part[t] - j,
+      const int i0 = t * kTileRows;
+      float* to = scores + i0 * kPitch + j;
+      tile<depth, 1>(left + i0 / W * panel_size<W>(units) + i0 % W, W, right, units, block.part[t] - j,
                      [&](int i, int c, Vec sums) { store(to + i * kPitch + c, sums * scale); });
     }
 }

@@ -44,7 +44,7 @@ class PackedQueries {
       const int64_t n = std::min<int64_t>(kQueries, p_.s_q - row), block = row / kQueries;
       for (int i = 0; i < 2; ++i) {
         const auto rows = matrices[i].some_rows(row, n);
-        pack_panels<kTileRows>(rows, tiles_[i] + block * tile_size(p_));
+        pack_panels<W>(rows, tiles_[i] + block * tile_size(p_));
         pack_panels<kPanel>(rows.t(), panels_[i] + block * panel_size_of(p_));
       }
     }
@@ -67,7 +67,7 @@ class PackedQueries {
   const float* delta(int64_t row) const { return delta_ + row; }
 
  private:
-  static int64_t tile_size(const Problem& p) { return packed_size<kTileRows, T>(kQueries, p.dim); }
+  static int64_t tile_size(const Problem& p) { return packed_size<W, T>(kQueries, p.dim); }
   static int64_t panel_size_of(const Problem& p) { return packed_size<kPanel, T>(p.dim, kQueries); }
   float dot_rows(const T* x, const T* y) const {
     Vec total{};

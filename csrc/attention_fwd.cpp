@@ -17,16 +17,16 @@ template <class T>
 class Queries {
  public:
   static int64_t floats(const Problem& p) {
-    return packed_size<kTileRows, T>(kQueries, p.dim) + kQueries * (p.width + kPitch + W + 3);
+    return packed_size<W, T>(kQueries, p.dim) + kQueries * (p.width + kPitch + W + 3);
   }
   Queries(const Problem& p, Scratch& scratch)
-      : p_(p), left_(scratch.take(packed_size<kTileRows, T>(kQueries, p.dim))),
+      : p_(p), left_(scratch.take(packed_size<W, T>(kQueries, p.dim))),
         scores_(scratch.take(kQueries * kPitch)), out_(scratch.take(kQueries * p.width)),
         sums_(scratch.take(kQueries * W)), top_(scratch.take(kQueries)), base_(scratch.take(kQueries)),
         keep_(scratch.take(kQueries)) {}
 
   void start(const Matrix<const T>& queries) {
-    pack_panels<kTileRows>(queries, left_);
+    pack_panels<W>(queries, left_);
     std::fill_n(out_, kQueries * p_.width, 0.0f);
     std::fill_n(sums_, kQueries * W, 0.0f);
     std::fill_n(top_, kQueries, -kInfinity);
@@ -130,9 +130,9 @@ void forward_chunk(const Problem& p, const Tensor& q, const Tensor& k, const Ten
 template <class T>
 void forward(const Problem& p, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
              const Tensor& lse) {
-  // 64 tasks where there are as many queries, but chunks long enough to be worth packing the keys
-  const int64_t groups = p.batch * p.kv_heads, wanted = std::max<int64_t>(1, 64 / std::max<int64_t>(1, groups));
-  const int64_t chunk = std::clamp<int64_t>(round_up(ceil_div(p.s_q, wanted), kQueries), 2 * kQueries, 512);
+  // chunks as long as they can be with 8 tasks for each thread: every chunk packs the keys again
+  const int64_t groups = p.batch * p.kv_heads, cut = ceil_div(8 * threads(), std::max<int64_t>(1, groups));
+  const int64_t chunk = std::max<int64_t>(2 * kQueries, round_up(ceil_div(p.s_q, cut), kQueries));
   const int64_t chunks = ceil_div(p.s_q, chunk);
   parallel_for(groups * chunks, true, [&](int64_t task) {
     const int64_t first = (chunks - 1 - task / groups) * chunk;  // the last queries see most: they start first

@@ -38,7 +38,7 @@ inline Vec floats(IntVec x) { return reinterpret_cast<Vec>(x); }
 
 // ---- bfloat16 and half ------------------------------------------------------------------------
 
-// Round to nearest even; NaN stays NaN, denormals stay (vcvtneps2bf16 would flush them).
+// Round to nearest even; NaN stays NaN, denormals stay.
 inline IntVec round_to_bf16(Vec x) {
   IntVec b = bits(x);
   IntVec rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
@@ -52,6 +52,12 @@ inline Vec widen(const bf16* p) {
 }
 
 inline void narrow(bf16* p, Vec x) {
+#if defined(__AVX512BF16__)
+  if (!_mm512_fpclass_ps_mask(x, 0x20)) {  // the instruction would flush denormals
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));
+    return;
+  }
+#endif
   HalfVec h = __builtin_convertvector(round_to_bf16(x), HalfVec);
   std::memcpy(p, &h, sizeof h);
 }

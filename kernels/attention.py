@@ -10,7 +10,7 @@ from torch import Tensor
 from . import config
 from .attention_backward import attention_bwd
 from .attention_scores import base, head_of, mask_kind, scaled, scores, softmax_exp, tile_ptrs, to_log
-from .launch import fit, guard
+from .launch import fit, launch
 
 __all__ = ["attention_bwd", "attention_fwd"]
 
@@ -33,15 +33,15 @@ def attention_fwd(
     tile = config.ATTENTION_FWD[q.element_size(), block_d]
     block_m, block_n = fit(s_q, 16, tile.rows), fit(s_k, 16, tile.cols)
     kind = mask_kind(mask)
-    with guard(q):
-        _forward_kernel[(triton.cdiv(s_q, block_m) * batch * heads,)](
-            q, k, v, mask, out, lse,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *(mask.stride() if kind else (0,) * 4),
-            *out.stride()[:3],
-            heads, heads // k.shape[1], s_q, s_k, causal_offset or 0, scaled(scale, kind),
-            dim, block_d, block_m, block_n, causal_offset is not None, kind,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    launch(
+        _forward_kernel, q, (triton.cdiv(s_q, block_m) * batch * heads,),
+        q, k, v, mask, out, lse,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *(mask.stride() if kind else (0,) * 4),
+        *out.stride()[:3],
+        heads, heads // k.shape[1], s_q, s_k, causal_offset or 0, scaled(scale, kind),
+        dim, block_d, block_m, block_n, causal_offset is not None, kind,
+        warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
 
 
 @triton.jit

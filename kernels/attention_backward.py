@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import config
 from .attention_scores import base, from_log, head_of, mask_kind, scaled, scores, softmax_exp, tile_ptrs
-from .launch import fit, guard
+from .launch import fit, launch
 
 
 def attention_bwd(
@@ -24,22 +24,22 @@ def attention_bwd(
     dmask is not made: it would be as large as all the scores.
     """
     delta = torch.empty_like(lse)
-    with guard(q):
-        if lse.numel():
-            _launch_delta(dout, out, dlse, delta)
-        if dk.numel() or dv.numel():
-            _launch_dkv(dout, q, k, v, mask, lse, delta, causal_offset, scale, dk, dv)
-        if dq.numel():
-            _launch_dq(dout, q, k, v, mask, lse, delta, causal_offset, scale, dq)
+    if lse.numel():
+        _launch_delta(dout, out, dlse, delta)
+    if dk.numel() or dv.numel():
+        _launch_dkv(dout, q, k, v, mask, lse, delta, causal_offset, scale, dk, dv)
+    if dq.numel():
+        _launch_dq(dout, q, k, v, mask, lse, delta, causal_offset, scale, dq)
 
 
 def _launch_delta(dout, out, dlse, delta) -> None:
     batch, heads, s_q, dim = out.shape
     block_d = fit(dim, 16, 256)
     rows = 4096 // block_d
-    _delta_kernel[(triton.cdiv(s_q, rows) * batch * heads,)](
+    launch(
+        _delta_kernel, out, (triton.cdiv(s_q, rows) * batch * heads,),
         dout, out, dlse, delta, *dout.stride()[:3], *out.stride()[:3],
-        *(dlse.stride() if dlse is not None else (0,) * 3), heads, s_q, dim, block_d, rows, num_warps=4,
+        *(dlse.stride() if dlse is not None else (0,) * 3), heads, s_q, dim, block_d, rows, warps=4,
     )  # fmt: skip
 
 
@@ -51,13 +51,14 @@ def _launch_dkv(dout, q, k, v, mask, lse, delta, causal_offset, scale, dk, dv) -
     block_m, block_n = fit(s_q, 16, tile.rows), fit(s_k, 16, tile.cols)
     kind = mask_kind(mask)
     like = dk if dk.numel() else dv  # both are laid out alike
-    _dkv_kernel[(triton.cdiv(s_k, block_n) * batch * heads_kv,)](
+    launch(
+        _dkv_kernel, q, (triton.cdiv(s_k, block_n) * batch * heads_kv,),
         dout, q, k, v, mask, lse, delta, dk if dk.numel() else None, dv if dv.numel() else None,
         *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *(mask.stride() if kind else (0,) * 4), *like.stride()[:3],
         heads_kv, heads // heads_kv, s_q, s_k, causal_offset or 0, scaled(scale, kind), scale,
         dim, block_d, block_m, block_n, causal_offset is not None, kind,
-        num_warps=tile.warps, num_stages=tile.stages,
+        warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
 
 
@@ -68,13 +69,14 @@ def _launch_dq(dout, q, k, v, mask, lse, delta, causal_offset, scale, dq) -> Non
     tile = config.ATTENTION_DQ[q.element_size(), block_d]
     block_m, block_n = fit(s_q, 16, tile.rows), fit(s_k, 16, tile.cols)
     kind = mask_kind(mask)
-    _dq_kernel[(triton.cdiv(s_q, block_m) * batch * heads,)](
+    launch(
+        _dq_kernel, q, (triton.cdiv(s_q, block_m) * batch * heads,),
         dout, q, k, v, mask, lse, delta, dq,
         *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *(mask.stride() if kind else (0,) * 4), *dq.stride()[:3],
         heads, heads // k.shape[1], s_q, s_k, causal_offset or 0, scaled(scale, kind), scale,
         dim, block_d, block_m, block_n, causal_offset is not None, kind,
-        num_warps=tile.warps, num_stages=tile.stages,
+        warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
 
 

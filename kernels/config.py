@@ -6,8 +6,6 @@ none of them spills a register or asks for more shared memory than a block may h
 
 from typing import NamedTuple
 
-import torch
-
 
 class Tile(NamedTuple):
     """One program's share of a matrix product, rows by columns, and how it is run."""
@@ -24,7 +22,7 @@ ATTENTION_FWD = {
     (2, 32): Tile(128, 64, 4, 3),
     (2, 64): Tile(128, 64, 4, 3),
     (2, 128): Tile(128, 64, 8, 2),
-    (2, 256): Tile(128, 32, 8, 2),
+    (2, 256): Tile(64, 32, 8, 2),
     (4, 16): Tile(64, 32, 4, 2),
     (4, 32): Tile(64, 32, 4, 2),
     (4, 64): Tile(32, 32, 4, 2),
@@ -35,8 +33,8 @@ ATTENTION_DKV = {
     (2, 16): Tile(64, 64, 4, 2),
     (2, 32): Tile(64, 64, 4, 2),
     (2, 64): Tile(64, 64, 4, 2),
-    (2, 128): Tile(32, 64, 4, 2),
-    (2, 256): Tile(32, 64, 8, 1),
+    (2, 128): Tile(32, 64, 8, 2),
+    (2, 256): Tile(32, 32, 8, 1),
     (4, 16): Tile(32, 32, 4, 1),
     (4, 32): Tile(32, 32, 4, 1),
     (4, 64): Tile(32, 32, 4, 1),
@@ -48,7 +46,7 @@ ATTENTION_DQ = {
     (2, 32): Tile(64, 64, 4, 2),
     (2, 64): Tile(64, 64, 4, 2),
     (2, 128): Tile(64, 32, 4, 2),
-    (2, 256): Tile(64, 32, 8, 1),
+    (2, 256): Tile(32, 32, 8, 1),
     (4, 16): Tile(32, 32, 4, 1),
     (4, 32): Tile(32, 32, 4, 1),
     (4, 64): Tile(32, 32, 4, 1),
@@ -56,12 +54,12 @@ ATTENTION_DQ = {
     (4, 256): Tile(16, 16, 4, 1),
 }
 
-# matrix products; by (bytes of an element, number of accumulators)
+# matrix products; by (bytes of an element, whether the epilogue holds other tiles beside the product)
 GEMM = {
-    (2, 1): Tile(128, 128, 8, 3),
-    (2, 2): Tile(128, 64, 8, 3),
-    (4, 1): Tile(64, 64, 4, 2),
-    (4, 2): Tile(64, 32, 4, 2),
+    (2, False): Tile(128, 128, 8, 3),
+    (2, True): Tile(128, 64, 8, 3),
+    (4, False): Tile(64, 64, 4, 2),
+    (4, True): Tile(64, 32, 4, 2),
 }
 GEMM_DEPTH = {2: 64, 4: 16}  # of the inner dimension in one step, by bytes of an element
 GEMM_GROUP = 8  # row blocks that run together and share columns in the L2 cache
@@ -73,11 +71,6 @@ NORM_CHUNKS = 256  # groups of rows whose weight gradients are summed apart, the
 LOSS_BLOCK = 4096
 SUM_ROWS, SUM_COLS = 32, 64  # of one step of a column sum
 SUM_CHUNK = 512  # rows of one program of it
-
-
-def gemm(dtype: torch.dtype, accumulators: int = 1) -> Tile:
-    """The tile of a matrix product."""
-    return GEMM[dtype.itemsize, accumulators]
 
 
 def warps(elements: int) -> int:

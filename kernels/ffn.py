@@ -12,7 +12,7 @@ from torch import Tensor
 from . import config
 from .activation import activate, derivative
 from .gemm import add_bias, blocks, gemm, product, tile_at, tile_position
-from .launch import guard
+from .launch import launch
 from .reduce import column_sum
 
 
@@ -57,29 +57,29 @@ def _hidden(x, weight_in, bias_in, weight_gate, bias_gate, activation, h, u, g) 
     if not h.numel():
         return
     gated = weight_gate is not None
-    tile, sizes = blocks(x, m, n, k, accumulators=2 if gated else 1)
-    with guard(x):
-        _hidden_kernel[(triton.cdiv(m, sizes[0]) * triton.cdiv(n, sizes[1]),)](
-            x, weight_in, bias_in, weight_gate, bias_gate, h,
-            u if u.numel() else None, g if g.numel() else None,
-            m, n, k, *weight_in.stride(), *(weight_gate.stride() if gated else (0, 0)),
-            bias_in.stride(0) if bias_in is not None else 0,
-            bias_gate.stride(0) if bias_gate is not None else 0,
-            activation, *sizes, config.GEMM_GROUP, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    tile, sizes = blocks(x, m, n, k, heavy=gated)
+    launch(
+        _hidden_kernel, x, (triton.cdiv(m, sizes[0]) * triton.cdiv(n, sizes[1]),),
+        x, weight_in, bias_in, weight_gate, bias_gate, h,
+        u if u.numel() else None, g if g.numel() else None,
+        m, n, k, *weight_in.stride(), *(weight_gate.stride() if gated else (0, 0)),
+        bias_in.stride(0) if bias_in is not None else 0,
+        bias_gate.stride(0) if bias_gate is not None else 0,
+        activation, *sizes, config.GEMM_GROUP, warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
 
 
 def _hidden_bwd(dy, weight_out, u, g, activation, h, du, dg) -> None:
     (m, n), k = u.shape, dy.shape[1]
     if not u.numel():
         return
-    tile, sizes = blocks(dy, m, n, k)
-    with guard(dy):
-        _hidden_bwd_kernel[(triton.cdiv(m, sizes[0]) * triton.cdiv(n, sizes[1]),)](
-            dy, weight_out, u, g if dg is not None else None, h, du, dg,
-            m, n, k, *dy.stride(), *weight_out.stride(), activation, *sizes, config.GEMM_GROUP,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    tile, sizes = blocks(dy, m, n, k, heavy=True)
+    launch(
+        _hidden_bwd_kernel, dy, (triton.cdiv(m, sizes[0]) * triton.cdiv(n, sizes[1]),),
+        dy, weight_out, u, g if dg is not None else None, h, du, dg,
+        m, n, k, *dy.stride(), *weight_out.stride(), activation, *sizes, config.GEMM_GROUP,
+        warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .launch import fit, guard
+from .launch import fit, launch
 
 
 def gemm(
@@ -24,18 +24,21 @@ def gemm(
         return
     (m, n), k = out.shape, a.shape[1]
     tile, sizes = blocks(a, m, n, k)
-    with guard(a):
-        _gemm_kernel[(triton.cdiv(m, sizes[0]) * triton.cdiv(n, sizes[1]),)](
-            a, b, a2, b2, bias, out, m, n, k, *a.stride(), *b.stride(),
-            *(a2.stride() if a2 is not None else (0, 0)), *(b2.stride() if b2 is not None else (0, 0)),
-            bias.stride(0) if bias is not None else 0,
-            *sizes, config.GEMM_GROUP, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    launch(
+        _gemm_kernel, a, (triton.cdiv(m, sizes[0]) * triton.cdiv(n, sizes[1]),),
+        a, b, a2, b2, bias, out, m, n, k, *a.stride(), *b.stride(),
+        *(a2.stride() if a2 is not None else (0, 0)), *(b2.stride() if b2 is not None else (0, 0)),
+        bias.stride(0) if bias is not None else 0,
+        *sizes, config.GEMM_GROUP, warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
 
 
-def blocks(a: Tensor, m: int, n: int, k: int, accumulators: int = 1) -> tuple[config.Tile, tuple]:
-    """The tile, and the constants BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K of a product of these sizes."""
-    tile = config.gemm(a.dtype, accumulators)
+def blocks(a: Tensor, m: int, n: int, k: int, heavy: bool = False) -> tuple[config.Tile, tuple]:
+    """The tile, and the constants BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K of a product of these sizes.
+
+    heavy: the epilogue holds other tiles of the same size beside the product.
+    """
+    tile = config.GEMM[a.element_size(), heavy]
     block_k = fit(k, 16, config.GEMM_DEPTH[a.element_size()])
     return tile, (fit(m, 16, tile.rows), fit(n, 16, tile.cols), block_k, k % block_k == 0)
 

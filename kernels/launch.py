@@ -1,15 +1,21 @@
-"""What every launcher needs: the device guard, and blocks that fit small sizes."""
+"""What every launcher needs: one way to launch, and blocks that fit small sizes."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 
-def guard(x: Tensor) -> AbstractContextManager:
-    """Launch on the device of `x`; nothing to do for the interpreter's CPU tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def launch(kernel: Callable, x: Tensor, grid: tuple[int, ...], *args: Any, warps: int, stages: int = 2) -> None:
+    """Run `kernel` on the device of `x`; the interpreter's CPU tensors need no device.
+
+    Multiplications fuse with additions, whatever the default of the Triton version is.
+    """
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        kernel[grid](*args, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
 def fit(size: int, low: int, high: int) -> int:

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .launch import fit, guard
+from .launch import fit, launch
 
 
 def cross_entropy_fwd(
@@ -21,11 +21,11 @@ def cross_entropy_fwd(
     if not n:
         return
     block = fit(classes, 16, config.LOSS_BLOCK)
-    with guard(logits):
-        _forward_kernel[(n,)](
-            logits, target, weight, loss, top, log_total, classes, ignore_index, label_smoothing,
-            label_smoothing > 0, block, num_warps=config.warps(block),
-        )  # fmt: skip
+    launch(
+        _forward_kernel, logits, (n,),
+        logits, target, weight, loss, top, log_total, classes, ignore_index, label_smoothing,
+        label_smoothing > 0, block, warps=config.warps(block),
+    )  # fmt: skip
 
 
 def cross_entropy_bwd(
@@ -40,11 +40,11 @@ def cross_entropy_bwd(
     smoothed = label_smoothing > 0
     weight_sum = weight.sum(dtype=torch.float32) if smoothed and weight is not None else None
     block = fit(classes, 16, config.LOSS_BLOCK)
-    with guard(logits):
-        _backward_kernel[(n, triton.cdiv(classes, block))](
-            dloss, logits, target, weight, weight_sum, top, log_total, dlogits,
-            classes, ignore_index, label_smoothing, smoothed, block, num_warps=config.warps(block),
-        )  # fmt: skip
+    launch(
+        _backward_kernel, logits, (n, triton.cdiv(classes, block)),
+        dloss, logits, target, weight, weight_sum, top, log_total, dlogits,
+        classes, ignore_index, label_smoothing, smoothed, block, warps=config.warps(block),
+    )  # fmt: skip
 
 
 @triton.jit

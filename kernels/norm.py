@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .launch import fit, guard
+from .launch import fit, launch
 from .reduce import column_sum
 
 
@@ -52,11 +52,11 @@ def _forward(x, residual, weight, bias, eps, y, h, mean, rstd) -> None:
     if not x.numel():
         return
     rows, block = _tile(d)
-    with guard(x):
-        _forward_kernel[(triton.cdiv(n, rows),)](
-            x, residual, weight, bias, y, h, mean, rstd, n, d, eps,
-            rows, block, num_warps=config.warps(rows * block),
-        )  # fmt: skip
+    launch(
+        _forward_kernel, x, (triton.cdiv(n, rows),),
+        x, residual, weight, bias, y, h, mean, rstd, n, d, eps,
+        rows, block, warps=config.warps(rows * block),
+    )  # fmt: skip
 
 
 def _backward(dy, dh, h, weight, mean, rstd, dx, dweight, dbias) -> None:
@@ -68,16 +68,17 @@ def _backward(dy, dh, h, weight, mean, rstd, dx, dweight, dbias) -> None:
     dw, db = (p.new_empty(chunks, d, dtype=torch.float32) if p.numel() else None for p in (dweight, dbias))
     dx = dx if dx.numel() else None
     warps = config.warps(rows * block)
-    with guard(h):
-        if chunks and (dx is not None or not wide):
-            sums = (None, None) if wide else (dw, db)
-            _backward_kernel[(chunks,)](
-                dy, dh, h, weight, mean, rstd, dx, *sums, n, d, chunk, rows, block, num_warps=warps
-            )
-        if chunks and wide and (dw is not None or db is not None):
-            _param_grads_kernel[(chunks, triton.cdiv(d, block))](
-                dy, h, mean, rstd, dw, db, n, d, chunk, block, num_warps=warps
-            )
+    if chunks and (dx is not None or not wide):
+        launch(
+            _backward_kernel, h, (chunks,),
+            dy, dh, h, weight, mean, rstd, dx, *((None, None) if wide else (dw, db)),
+            n, d, chunk, rows, block, warps=warps,
+        )  # fmt: skip
+    if chunks and wide and (dw is not None or db is not None):
+        launch(
+            _param_grads_kernel, h, (chunks, triton.cdiv(d, block)),
+            dy, h, mean, rstd, dw, db, n, d, chunk, block, warps=warps,
+        )  # fmt: skip
     for partial, grad in ((dw, dweight), (db, dbias)):
         if partial is not None:
             column_sum(partial, grad)

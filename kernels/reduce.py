@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .launch import fit, guard
+from .launch import fit, launch
 
 
 def column_sum(x: Tensor, out: Tensor) -> None:
@@ -30,10 +30,10 @@ def _launch(x: Tensor, out: Tensor, chunks: int) -> None:
     rows, width = x.shape
     cols = fit(width, 16, config.SUM_COLS)
     chunk = config.SUM_CHUNK if chunks > 1 else rows
-    with guard(x):
-        _column_sum_kernel[(triton.cdiv(width, cols), chunks)](
-            x, out, rows, width, *x.stride(), chunk, config.SUM_ROWS, cols, num_warps=4
-        )
+    launch(
+        _column_sum_kernel, x, (triton.cdiv(width, cols), chunks),
+        x, out, rows, width, *x.stride(), chunk, config.SUM_ROWS, cols, warps=4,
+    )  # fmt: skip
 
 
 @triton.jit

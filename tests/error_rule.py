@@ -1,0 +1,76 @@
+"""Run a sample of the op table in some dtype, and hold the result to the error rule.
+
+The truth is the reference in float64 on the same rounded inputs.  An element may be wrong by
+
+    2 · err_torch + [c · u_acc · (1 + S) + 2 · u_io] · max|truth|
+
+where err_torch is torch's own largest error on these inputs, u_acc = 2⁻²⁴, c = 8, u_io the rounding
+unit of the dtype, and S the conditioning of the op (`Op.condition`).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmkern import ops
+from llmkern.ops.op import Op, Sample, differentiable
+
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+ACCUMULATION = 8 * 2.0**-24
+
+
+class Outcome(NamedTuple):
+    outputs: list[Tensor]
+    gradients: list[Tensor]
+
+
+def run(op: Op, sample: Sample, function=None, backend: str | None = None, seed: int = 0) -> Outcome:
+    """Outputs, and gradients for a random upstream gradient, of one sample."""
+    sample = sample.map(lambda t: t.detach())
+    wanted = [t for t in differentiable(op, sample) if t is not sample.kwargs.get("attn_mask")]
+    for t in wanted:
+        t.requires_grad_()
+    function = function or op.public
+    with ops.use(backend) if backend else torch.enable_grad():
+        outputs = function(*sample.args, **sample.kwargs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        generator = torch.Generator().manual_seed(seed)
+        upstream = [torch.randn(o.shape, generator=generator).bfloat16().to(o) for o in outputs]
+        gradients = torch.autograd.grad(outputs, wanted, upstream)
+    return Outcome([o.detach() for o in outputs], list(gradients))
+
+
+def truth(op: Op, sample: Sample) -> Outcome:
+    return run(op, sample.map(Tensor.double), backend="reference")
+
+
+def yardstick(op: Op, sample: Sample) -> Outcome:
+    """What torch makes of it; torch's own low-precision norms are too wrong to measure by."""
+    low = op.family != "norm"
+    return run(op, sample if low else sample.map(Tensor.float), function=op.eager)
+
+
+def error(x: Tensor, exact: Tensor) -> float:
+    """The largest difference; equal infinities and a NaN for a NaN do not differ."""
+    x = x.double()
+    same = (x == exact) | (x.isnan() & exact.isnan())
+    return torch.where(same, 0.0, (x - exact).abs()).max().item() if x.numel() else 0.0
+
+
+def violations(op: Op, sample: Sample, dtype: torch.dtype, got: Outcome) -> list[str]:
+    """Which results break the rule, and by how much."""
+    exact, torch_own = truth(op, sample), yardstick(op, sample)
+    condition = op.condition(*sample.args, **sample.kwargs)
+    bad = []
+    for kind in ("outputs", "gradients"):
+        for i, (x, e, t) in enumerate(zip(getattr(got, kind), getattr(exact, kind), getattr(torch_own, kind))):
+            finite = e[e.isfinite()]
+            largest = finite.abs().max().item() if finite.numel() else 0.0
+            allowed = 2 * error(t.to(x.dtype), e)
+            allowed += (ACCUMULATION * (1 + condition) + 2 * UNIT[dtype]) * largest
+            wrong = error(x, e)
+            if not wrong <= allowed or math.isnan(wrong):
+                bad.append(f"{sample.label}: {kind}[{i}] is wrong by {wrong:.3g}, allowed {allowed:.3g}")
+    return bad

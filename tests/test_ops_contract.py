@@ -1,0 +1,136 @@
+"""What every op owes to torch: schemas, meta tensors, compile, autocast, odd gradients, FLOP counts."""
+
+import pytest
+import torch
+from error_rule import run, truth
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import llmkern
+from llmkern import ops
+from llmkern.ops import OPS
+from llmkern.ops.explain import Listen
+from llmkern.ops.op import Make, Op, cost, differentiable, samples
+
+each_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+
+
+def first(op: Op, dtype: torch.dtype = torch.float32):
+    return next(iter(samples(op, dtype)))
+
+
+def halves(op: Op, sample) -> dict[str, tuple]:
+    """The arguments of both halves of `op` for a sample."""
+    with Listen(op) as heard:
+        run(op, sample)
+    return {half: tuple(a.detach() if isinstance(a, Tensor) else a for a in args) for half, args in heard.args.items()}
+
+
+@each_op
+def test_the_record_is_complete(op: Op):
+    for name in ("reference", "outputs", "save", "replay", "reference_bwd", "outputs_bwd", "flops", "flops_bwd"):
+        assert callable(getattr(op, name)), name
+    assert op.family and op.source and op.formula() and op.public.__doc__
+    assert len(list(op.samples(Make(torch.float32)))) >= 8
+    assert len(list(op.benchmarks(Make(torch.float32)))) >= 2
+
+
+@each_op
+def test_opcheck(op: Op, silent):
+    """Schema, fake tensors and autograd registration of both halves, by torch's own checker."""
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    for sample in list(samples(op, torch.float32))[:4]:
+        for half, args in halves(op, sample).items():
+            torch.library.opcheck(getattr(op, half), args, test_utils=tests)
+
+
+@each_op
+def test_compile_equals_eager(op: Op, silent):
+    sample = first(op)
+    torch._dynamo.reset()
+    compiled = torch.compile(op.public, fullgraph=True, backend="aot_eager")
+    eager, traced = run(op, sample), run(op, sample, function=compiled)
+    for a, b in zip((*eager.outputs, *eager.gradients), (*traced.outputs, *traced.gradients)):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@each_op
+def test_meta(op: Op, silent):
+    sample = first(op)
+    real = op.public(*sample.args, **sample.kwargs)
+    args = [a.to("meta") if isinstance(a, Tensor) else a for a in sample.args]
+    meta = op.public(*args, **sample.kwargs)
+    assert meta.shape == real.shape and meta.dtype == real.dtype and meta.is_meta
+
+
+@each_op
+def test_stride_0_gradient(op: Op, backend: str, device: str):
+    """`.sum().backward()` hands a gradient whose elements share one address."""
+    for sample in list(samples(op, torch.float32, device))[:6]:
+        grads = []
+        for expanded in (True, False):
+            sample = sample.map(lambda t: t.detach())
+            inputs = [t.requires_grad_() for t in differentiable(op, sample)]
+            with ops.use(backend):
+                out = op.public(*sample.args, **sample.kwargs)
+                out = out[0] if isinstance(out, tuple) else out
+                upstream = torch.ones((), device=device).expand(out.shape)
+                upstream = upstream if expanded else upstream.contiguous()
+                grads.append(torch.autograd.grad(out, inputs, upstream))
+        for a, b in zip(*grads):
+            assert torch.equal(a, b), sample.label
+
+
+@each_op
+def test_gradients_of_some_inputs(op: Op, backend: str, device: str):
+    """Each gradient alone equals the same gradient among all."""
+    sample = first(op).map(lambda t: t.to(device).detach())
+    sample = sample._replace(args=tuple(a.to(device) if isinstance(a, Tensor) else a for a in sample.args))
+    inputs = differentiable(op, sample)
+    with ops.use(backend):
+
+        def gradients(wanted):
+            for t in inputs:
+                t.requires_grad_(any(t is w for w in wanted))
+            out = op.public(*sample.args, **sample.kwargs)
+            out = out[0] if isinstance(out, tuple) else out
+            return torch.autograd.grad(out, wanted, torch.full_like(out, 0.7))
+
+        together = gradients(inputs)
+        for t, grad in zip(inputs, together):
+            assert torch.equal(gradients([t])[0], grad)
+
+
+@each_op
+def test_flop_counter(op: Op, silent):
+    sample = first(op)
+    expected = sum(cost(op, half, *args).flops for half, args in halves(op, sample).items())
+    with FlopCounterMode(display=False) as counter:
+        run(op, sample)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-6, abs=2)
+
+
+@each_op
+def test_autocast(op: Op, silent):
+    """Under autocast attention and ffn run in bfloat16; norms keep the dtype of x; losses are float32."""
+    sample = first(op)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = op.public(*sample.args, **sample.kwargs)
+    expected = torch.bfloat16 if op.family in ("attention", "ffn") else torch.float32
+    assert out.dtype == expected
+    got, exact = run(op, sample, function=torch.autocast("cpu", torch.bfloat16)(op.public)), truth(op, sample)
+    for a, b in zip(got.gradients, exact.gradients):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, rtol=0.05, atol=0.05 * b.abs().max().item())
+
+
+def test_fallback_says_why():
+    q = torch.randn(1, 1, 4, 300)
+    llmkern.set_fallback("warn")
+    with pytest.warns(llmkern.ops.FallbackWarning, match="the head dim is 300"):
+        ops.attention(q, q, q)
+    llmkern.set_fallback("error")
+    with pytest.raises(llmkern.ops.FallbackError, match="1 to 256"):
+        ops.attention(q, q, q)
+    llmkern.set_fallback("warn")
+    assert "head dim is 300" in str(llmkern.explain("attention", q, q, q))
