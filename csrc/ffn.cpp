@@ -109,7 +109,7 @@ void forward(const Matrix<const T>& x, const Linear<T>& in, const Linear<T>& gat
         v += gate.bias(col, n);
         if (g_rows) store(g_rows + i, v, n);
         store(h + i, F::value(v) * load(u_rows + i, n), n);
-      });
+      }, {Reads(u_rows, wide)});
     } else {
       multiply(rows, in.weight, [&](int64_t row, int64_t col, Vec v, int n) {
         const int64_t i = row * wide + col;
@@ -146,7 +146,7 @@ template <class T, class F>
 void backward_hidden(const Matrix<const T>& dy, const Matrix<const T>& weight_out, const T* u, const T* g,
                      const Hidden<T>& to) {
   const int64_t wide = to.h.cols;
-  multiply(dy, weight_out.t(), [&](int64_t row, int64_t col, Vec dh, int n) {
+  const auto epilogue = [&](int64_t row, int64_t col, Vec dh, int n) {
     const int64_t i = row * wide + col;
     const Activated a = F::both(load((g ? g : u) + i, n));
     if (g) {
@@ -158,7 +158,8 @@ void backward_hidden(const Matrix<const T>& dy, const Matrix<const T>& weight_ou
       store(to.h.data + i, a.value, n);
       store(to.du.data + i, dh * a.slope, n);
     }
-  });
+  };
+  multiply(dy, weight_out.t(), epilogue, {Reads(u, wide), Reads(g, wide)});
 }
 
 template <class T, class F>

@@ -19,6 +19,8 @@
 // any number of threads.
 #pragma once
 
+#include <array>
+
 #include "buffer.h"
 #include "pack.h"
 #include "threads.h"
@@ -96,13 +98,34 @@ inline int64_t part_size(int64_t count, int64_t most, int64_t want) {
   return parts ? ceil_div(count, parts) : 1;
 }
 
+// A matrix that an epilogue reads where it is called: fetched while the sums are still running.
+struct Reads {
+  const char* data = nullptr;
+  int64_t row_bytes = 0, element_bytes = 0;
+
+  Reads() = default;
+  template <class T>
+  Reads(const T* data, int64_t row_stride)
+      : data(reinterpret_cast<const char*>(data)), row_bytes(row_stride * sizeof(T)), element_bytes(sizeof(T)) {}
+  void prefetch_tile(int64_t row, int64_t col) const {
+    if (!data) return;
+    const char* from = data + row * row_bytes + col * element_bytes;
+    for (int i = 0; i < kTileRows; ++i, from += row_bytes)
+      for (int64_t byte = 0; byte < kTileCols * element_bytes; byte += 64) prefetch(from + byte);
+  }
+};
+using ReadsTwo = std::array<Reads, 2>;
+
 // Where complete tiles go: an epilogue behind one indirect call a tile, so that the blocked loops are
 // compiled once for all epilogues.
 class Finish {
  public:
   template <class Epilogue>
-  Finish(const Epilogue& epilogue, int64_t rows, int64_t first_col, int64_t cols)
-      : epilogue_(&epilogue), call_(&each<Epilogue>), rows_(rows), first_col_(first_col), cols_(cols) {}
+  Finish(const Epilogue& epilogue, const ReadsTwo& reads, int64_t rows, int64_t first_col, int64_t cols)
+      : epilogue_(&epilogue), call_(&each<Epilogue>), reads_(reads), rows_(rows), first_col_(first_col), cols_(cols) {}
+  void prepare(int64_t row, int64_t col) const {
+    for (const Reads& r : reads_) r.prefetch_tile(row, first_col_ + col);
+  }
   void operator()(const float* tile, int64_t row, int64_t col) const { call_(*this, tile, row, col); }
 
  private:
@@ -117,6 +140,7 @@ class Finish {
   }
   const void* epilogue_;
   void (*call_)(const Finish&, const float*, int64_t, int64_t);
+  ReadsTwo reads_;
   int64_t rows_, first_col_, cols_;
 };
 
@@ -141,8 +165,11 @@ void multiply_block(const Matrix<const T>& a, const Packed<T>& b, Range rows, Ra
       for (int64_t i = 0; i < rows.size(); ++i) {
         float* tile = sums.as<float>() + (blocks > 1 ? (j * rows.size() + i) * kTile : 0);
         const float* panel = panels.as<float>() + i * panel_size<kTileRows>(n);
+        const int64_t row = (rows.begin + i) * kTileRows, col = (cols.begin + j) * kTileCols;
+        const bool last = block + 1 == blocks;
+        if (last) finish.prepare(row, col);
         multiply_tile<depth>(n, panel, b.panel(cols.begin + j, u), tile, block > 0);
-        if (block + 1 == blocks) finish(tile, (rows.begin + i) * kTileRows, (cols.begin + j) * kTileCols);
+        if (last) finish(tile, row, col);
       }
   }
 }
@@ -161,17 +188,19 @@ void multiply_blocks(const Matrix<const T>& a, const Packed<T>& b, const Finish&
 
 // epilogue(row, col, values, n): n sums of row `row` from column `col` on, on some thread.
 template <class T, class Epilogue>
-void multiply(const Matrix<const T>& a, const Packed<T>& b, const Epilogue& epilogue, int64_t first_col = 0) {
-  multiply_blocks(a, b, Finish(epilogue, a.rows, first_col, b.rows));
+void multiply(const Matrix<const T>& a, const Packed<T>& b, const Epilogue& epilogue, const ReadsTwo& reads = {},
+              int64_t first_col = 0) {
+  multiply_blocks(a, b, Finish(epilogue, reads, a.rows, first_col, b.rows));
 }
 
 // The same for a second operand that is used once: packed in parts that stay in the shared cache.
 template <class T, class Epilogue>
-void multiply(const Matrix<const T>& a, const Matrix<const T>& b, const Epilogue& epilogue) {
+void multiply(const Matrix<const T>& a, const Matrix<const T>& b, const Epilogue& epilogue,
+              const ReadsTwo& reads = {}) {
   const int64_t bytes = std::max<int64_t>(1, b.cols) * kTileCols * 4 / Units<T>::depth;
   const int64_t rows = std::max<int64_t>(1, kPackedBytes / bytes) * kTileCols;
   for (int64_t first = 0; first < b.rows; first += rows)
-    multiply(a, Packed<T>(b.some_rows(first, std::min(rows, b.rows - first))), epilogue, first);
+    multiply(a, Packed<T>(b.some_rows(first, std::min(rows, b.rows - first))), epilogue, reads, first);
 }
 
 }  // namespace llmkern

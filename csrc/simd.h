@@ -46,9 +46,16 @@ inline IntVec round_to_bf16(Vec x) {
 }
 
 inline Vec widen(const bf16* p) {
+#if defined(__AVX512F__)
+  const IntVec wide = (IntVec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  const IntVec wide = (IntVec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
   HalfVec h;
   std::memcpy(&h, p, sizeof h);
-  return floats(__builtin_convertvector(h, IntVec) << 16);
+  const IntVec wide = __builtin_convertvector(h, IntVec);
+#endif
+  return floats(wide << 16);
 }
 
 inline void narrow(bf16* p, Vec x) {

@@ -30,7 +30,7 @@ def doubled():
         """y = 2 x"""
 
         name, family, source = "doubled", "doubled", "this test"
-        gradients = {"x": 0}  # noqa: RUF012
+        gradients = {"x": 0}
 
         @staticmethod
         def reference(x: torch.Tensor) -> torch.Tensor:

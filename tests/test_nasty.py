@@ -93,7 +93,9 @@ def test_no_read_or_write_outside(backend: str, device: str, dtype: torch.dtype,
 
     with ops.use(backend):
         for s, d in ((5, 7), (33, 65)):
-            ops.attention(g(1, 2, s, d), g(1, 1, s + 2, d), g(1, 1, s + 2, d), is_causal=True).sum().backward()
+            ops.attention(
+                g(1, 2, s, d), g(1, 1, s + 2, d), g(1, 1, s + 2, d), is_causal=True
+            ).sum().backward()
             ops.layer_norm(g(s, d), (d,), g(d), g(d), residual=g(s, d))[0].sum().backward()
             ops.rms_norm(g(s, d), (d,), g(d)).sum().backward()
             ops.cross_entropy(g(s, d), torch.zeros(s, dtype=torch.int64)).backward()

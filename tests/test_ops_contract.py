@@ -23,12 +23,24 @@ def halves(op: Op, sample) -> dict[str, tuple]:
     """The arguments of both halves of `op` for a sample."""
     with Listen(op) as heard:
         run(op, sample)
-    return {half: tuple(a.detach() if isinstance(a, Tensor) else a for a in args) for half, args in heard.args.items()}
+    return {
+        half: tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+        for half, args in heard.args.items()
+    }
 
 
 @each_op
 def test_the_record_is_complete(op: Op):
-    for name in ("reference", "outputs", "save", "replay", "reference_bwd", "outputs_bwd", "flops", "flops_bwd"):
+    for name in (
+        "reference",
+        "outputs",
+        "save",
+        "replay",
+        "reference_bwd",
+        "outputs_bwd",
+        "flops",
+        "flops_bwd",
+    ):
         assert callable(getattr(op, name)), name
     assert op.family and op.source and op.formula() and op.public.__doc__
     assert len(list(op.samples(Make(torch.float32)))) >= 8

@@ -67,13 +67,12 @@ def _rows(x: Tensor) -> Tensor:
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, align: str) -> None:
     if align not in ("top_left", "bottom_right"):
-        raise ValueError(
-            f"attention: causal_align is {align!r}, expected 'top_left' or 'bottom_right'"
-        )
+        raise ValueError(f"attention: causal_align is {align!r}, expected 'top_left' or 'bottom_right'")
     for name, t in (("query", q), ("key", k), ("value", v)):
         if t.dim() != 4:
             raise ValueError(
-                f"attention: {name} has shape {tuple(t.shape)}, expected 4 dimensions (batch, heads, length, head dim)"
+                f"attention: {name} has shape {tuple(t.shape)}, expected 4 dimensions "
+                "(batch, heads, length, head dim)"
             )
         if not t.is_floating_point() or t.dtype != q.dtype:
             raise ValueError(
@@ -86,8 +85,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, align: str) -> 
         raise ValueError(f"attention: value has shape {tuple(v.shape)}, expected {tuple(k.shape)} as key")
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         raise ValueError(
-            f"attention: key has shape {tuple(k.shape)}, expected batch {q.shape[0]} and head dim {q.shape[3]} "
-            "as query"
+            f"attention: key has shape {tuple(k.shape)}, expected batch {q.shape[0]} and "
+            f"head dim {q.shape[3]} as query"
         )
     if q.shape[3] == 0:
         raise ValueError("attention: query has head dim 0, expected at least 1")
@@ -98,7 +97,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, align: str) -> 
     if mask is None:
         return
     if mask.dtype not in (torch.bool, torch.float32, q.dtype):
-        raise ValueError(f"attention: attn_mask is {mask.dtype}, expected torch.bool, {q.dtype} or torch.float32")
+        raise ValueError(
+            f"attention: attn_mask is {mask.dtype}, expected torch.bool, {q.dtype} or torch.float32"
+        )
     if mask.device != q.device:
         raise ValueError(f"attention: attn_mask is on {mask.device}, expected {q.device} as query")
     full = (*q.shape[:3], k.shape[2])
@@ -211,7 +212,15 @@ class ATTENTION(Op):
 
     @staticmethod
     def eager(
-        query, key, value, attn_mask=None, is_causal=False, scale=None, *, causal_align="top_left", return_lse=False
+        query,
+        key,
+        value,
+        attn_mask=None,
+        is_causal=False,
+        scale=None,
+        *,
+        causal_align="top_left",
+        return_lse=False,
     ):
         if is_causal and (attn_mask is not None or causal_align == "bottom_right"):
             s_q, s_k = query.shape[2], key.shape[2]
@@ -227,14 +236,23 @@ class ATTENTION(Op):
         if attn_mask is not None and attn_mask.is_floating_point():
             attn_mask = attn_mask.to(query.dtype)
         out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+            query,
+            key,
+            value,
+            attn_mask,
+            0.0,
+            is_causal,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
         if not return_lse:
             return out
         f = opmath(query.dtype)
         mask = None if attn_mask is None else attn_mask.expand(*query.shape[:3], key.shape[2])
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        return out, _scores(query.to(f), key.to(f), mask, 0 if is_causal else None, scale).logsumexp(-1).flatten(1, 2)
+        return out, _scores(query.to(f), key.to(f), mask, 0 if is_causal else None, scale).logsumexp(
+            -1
+        ).flatten(1, 2)
 
     @staticmethod
     def samples(make: Make) -> Iterator[Sample]:
@@ -279,7 +297,9 @@ class ATTENTION(Op):
         yield Sample("packed qkv", tuple(packed.permute(2, 0, 3, 1, 4)), causal)
         yield Sample("last stride 2", tuple(make(1, 2, 17, 48)[..., ::2] for _ in range(3)), causal)
         shared = make(1, 2, 9, 16)
-        yield Sample("shared heads", tuple(t.expand(1, 2, 9, 16) for t in (shared, shared[:, :1], shared[:, :1])), {})
+        yield Sample(
+            "shared heads", tuple(t.expand(1, 2, 9, 16) for t in (shared, shared[:, :1], shared[:, :1])), {}
+        )
         yield Sample("large scores", tuple(10 * t for t in qkv(1, 2, 40, 64)), causal)
 
     @staticmethod
@@ -294,7 +314,8 @@ class ATTENTION(Op):
         if not query.numel() or not key.numel():
             return 0.0
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else abs(scale)
-        return float(query.norm(dim=-1).max() * key.norm(dim=-1).max() * scale)
+        norms = (t.detach().norm(dim=-1).max() for t in (query, key))
+        return float(math.prod(norms) * scale)
 
 
 def visible_pairs(s_q: int, s_k: int, causal_offset: int | None) -> int:

@@ -61,7 +61,9 @@ def _check(activation, f, x, weight_in, bias_in, weight_gate, bias_gate, weight_
     if activation in GATED and weight_gate is None:
         raise ValueError(f"ffn: activation {activation!r} has a gate, expected weight_gate")
     if not x.is_floating_point() or x.dim() == 0:
-        raise ValueError(f"ffn: x is {x.dtype} of shape {tuple(x.shape)}, expected floating point of shape (*, D)")
+        raise ValueError(
+            f"ffn: x is {x.dtype} of shape {tuple(x.shape)}, expected floating point of shape (*, D)"
+        )
     if weight_in.dim() != 2 or weight_out.dim() != 2:
         raise ValueError(
             f"ffn: weight_in has {weight_in.dim()} and weight_out {weight_out.dim()} dimensions, expected 2"
@@ -133,14 +135,15 @@ class FFN(Op):
         "gated: Shazeer 2020, GLU Variants Improve Transformer, arXiv:2002.05202, eq. 5 and 6"
     )
     gradients = {
-        "x": 0, "weight_in": 1, "bias_in": 2, "weight_gate": 3, "bias_gate": 4, "weight_out": 5, "bias_out": 6,
+        "x": 0, "weight_in": 1, "bias_in": 2, "weight_gate": 3, "bias_gate": 4, "weight_out": 5,
+        "bias_out": 6,
     }  # fmt: skip
     public = staticmethod(ffn)
 
     @staticmethod
     def reference(
-        x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_gate: Tensor | None, bias_gate: Tensor | None,
-        weight_out: Tensor, bias_out: Tensor | None, activation: str, keep: bool,
+        x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_gate: Tensor | None,
+        bias_gate: Tensor | None, weight_out: Tensor, bias_out: Tensor | None, activation: str, keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         f = opmath(x.dtype)
         u = F.linear(x, weight_in, bias_in)  # (N, F)
@@ -157,8 +160,19 @@ class FFN(Op):
 
     @staticmethod
     def save(args, outs):
-        x, weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out, activation, keep = args
-        return x, weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out, outs[1], outs[2], activation
+        x, weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out, activation, _ = args
+        return (
+            x,
+            weight_in,
+            bias_in,
+            weight_gate,
+            bias_gate,
+            weight_out,
+            bias_out,
+            outs[1],
+            outs[2],
+            activation,
+        )
 
     @staticmethod
     def replay(x, weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out, u, g, activation):
@@ -189,9 +203,7 @@ class FFN(Op):
             dy.t() @ h.to(x.dtype),
             dy.to(f).sum(0).to(x.dtype),
         )
-        return tuple(
-            d.contiguous() if need and d is not None else empty(x) for d, need in zip(grads, needs)
-        )
+        return tuple(d.contiguous() if need and d is not None else empty(x) for d, need in zip(grads, needs))
 
     @staticmethod
     def outputs_bwd(
@@ -249,7 +261,9 @@ class FFN(Op):
         yield Sample("ones", (*layer(1, 1, 1), "silu"), {})
         x, w_in, _, w_out, _ = layer(6, 40, 80)
         yield Sample("no bias", (x.view(2, 3, 40), w_in, None, w_out, None, "relu"), {})
-        yield Sample("no bias, gate", (x, w_in, None, w_out, None, "swiglu"), {"weight_gate": make(80, 40, scale=0.2)})
+        yield Sample(
+            "no bias, gate", (x, w_in, None, w_out, None, "swiglu"), {"weight_gate": make(80, 40, scale=0.2)}
+        )
         x, w_in, b_in, w_out, b_out = layer(20, 24, 56)
         transposed = (w_in.t().contiguous().t(), b_in, w_out.t().contiguous().t(), b_out)
         yield Sample("transposed weights", (x, *transposed, "gelu"), {})

@@ -79,7 +79,7 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str,
         raise ValueError(f"cross_entropy: target is on {target.device}, expected {input.device} as input")
     if weight is not None and tuple(weight.shape) != (classes,):
         raise ValueError(
-            f"cross_entropy: weight has shape {tuple(weight.shape)}, expected ({classes},), one for each class"
+            f"cross_entropy: weight has shape {tuple(weight.shape)}, expected ({classes},), one a class"
         )
     if weight is not None and weight.dtype not in (input.dtype, torch.float32):
         raise ValueError(
