@@ -1,8 +1,8 @@
 # Every target is complete by itself: it makes .venv and installs what it needs, once.
 #
 #   make demo PYTHON=python3.12     another interpreter, 3.10 to 3.13
-#   make demo TORCH=torch==2.12.0   another PyTorch; without a GPU this is the small one on Linux:
-#                                   TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+#   make demo TORCH=torch==2.12.0   another PyTorch; without a GPU the default is the version in
+#                                   constraints.txt, of which a CPU build is enough
 
 PYTHON ?= python3
 GPU    := $(shell command -v nvidia-smi || command -v rocminfo || command -v rocm-smi)
