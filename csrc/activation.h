@@ -40,10 +40,11 @@ struct Gelu {
   }
 
  private:
-  // Φ(u) and its density.  Φ(-a) = e^(-a²/2) q(1 / (1 + 0.3 a)) for a ≥ 0 with a polynomial q, fitted for
-  // least maximum relative error, 1.5e-7 before rounding; Φ(a) = 1 - Φ(-a).
+  // Φ(u) and its density.  For a ≥ 0, Φ(-a) = e^(-a²/2) q(1 / (1 + 0.3 a)) with a polynomial q fitted for
+  // least maximum relative error (1.5e-7 before rounding), and Φ(a) = 1 - Φ(-a).
   static Activated normal(Vec u) {
-    const Vec a = floats(bits(u) & 0x7fffffff), e = exp(-0.5f * u * u), t = 1.0f / fma(a, set(0.3f), set(1.0f));
+    const Vec a = floats(bits(u) & 0x7fffffff), t = 1.0f / fma(a, set(0.3f), set(1.0f));
+    const Vec e = exp(-0.5f * u * u);
     Vec q = set(0.035675183f);
     q = fma(q, t, set(-0.15720471f));
     q = fma(q, t, set(0.206356178f));
@@ -77,7 +78,8 @@ void with_activation(const std::string& name, const Body& body) {
   if (name == "silu") return body(Silu{});
   if (name == "gelu") return body(Gelu{});
   if (name == "gelu_tanh") return body(GeluTanh{});
-  throw std::invalid_argument("llmkern: activation is '" + name + "', expected relu, relu2, silu, gelu or gelu_tanh");
+  throw std::invalid_argument("llmkern: activation is '" + name +
+                              "', expected relu, relu2, silu, gelu or gelu_tanh");
 }
 
 }  // namespace llmkern

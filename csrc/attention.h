@@ -2,16 +2,17 @@
 //
 // A product of blocks is C[m][n] (+)= Σ_k A[m][k] B[k][n].  B lies in panels of kPanel columns,
 // [k][kPanel], packed by pack.h; A is read as broadcast operands and is either packed in panels of W
-// rows, [k][W], or the block of probabilities as softmax left it.  k counts units:
-// floats, or pairs of bfloat16 where the processor multiplies those (see pack.h).
+// rows, [k][W], or the block of probabilities as softmax left it.  k counts units: floats, or pairs of
+// bfloat16 where the processor multiplies those (see pack.h).
 //
 // Blocking, with the numbers of AVX-512 on a core with 32 KiB and 1 MiB of cache, head dim 64, floats:
 //   registers  a tile of 8 x 32: 16 sums, 2 of B, of 32 registers; a step is 16 multiply-adds (16 cycles
 //              on a core that starts one a cycle) for 10 loads, and 16 sums cover their latency of 4.
-//   L1         a panel of B, 64 x 32 floats = 8 KiB, meets all the rows of A of a block before the next.
-//   L2         per block of 64 queries x 128 keys: scores 34 KiB, keys and values 64 KiB, queries and sums
-//              32 KiB.  They cross from L2 to L1 about once for 64 x 128 x 128 multiply-adds, 65,536
-//              cycles: 2 bytes a cycle of the 32 that L2 gives.  Backward holds twice that.
+//   L1         scores of a block of 32 queries x 128 keys, 18 KiB, and a panel of B, 64 x 32 floats =
+//              8 KiB, which meets all rows of A before the next one comes.
+//   L2         keys and values of a block, 64 KiB, cross from L2 (a head of 2048 tokens: from L3) once for
+//              32 x 128 x 128 multiply-adds, 32,768 cycles: 2 bytes a cycle of the 32 that L2 gives.
+//              Backward holds P, dS and three packings of 128 keys, 150 KiB, and streams the queries.
 // The exponential takes 12 operations for every 128 multiply-adds, 64 where they are pairs.
 #pragma once
 
@@ -25,12 +26,10 @@
 
 namespace llmkern::attn {
 
-constexpr int kTileRows = W >= 8 ? W / 2 : 4;  // divides W: a tile of keys lies in one vector of a row of scores
+constexpr int kTileRows = W >= 8 ? W / 2 : 4;  // divides W: a tile of keys lies in one vector of a row
 constexpr int kPanel = 2 * W;                  // columns of B in a panel
-constexpr int kQueries = 64;                   // of a block
-constexpr int kKeys = 128;                     // of a block
-constexpr int kPitch = kKeys + 16;             // floats from row to row of a block of scores: not a power of two,
-                                               // so that rows do not meet in one cache set
+constexpr int kQueries = 32, kKeys = 128;      // of a block of scores
+constexpr int kPitch = kKeys + 16;  // floats from row to row of it: rows must not meet in one cache set
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 inline int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
@@ -153,7 +152,8 @@ inline void tile(const float* a, int64_t step, const float* b, int units, const 
 
 // The same for the `columns` that are left in a panel.
 template <int depth, int Row, class Finish>
-inline void tile(const float* a, int64_t step, const float* b, int64_t units, int64_t columns, const Finish& finish) {
+inline void tile(const float* a, int64_t step, const float* b, int64_t units, int64_t columns,
+                 const Finish& finish) {
   if (columns > W)
     tile<depth, 2, Row>(a, step, b, static_cast<int>(units), finish);
   else if (columns > 0)
@@ -209,14 +209,17 @@ void multiply_columns(const Block& block, const float* scores, const float* valu
 template <class T, class Factor>
 void write_rows(const float* from, int64_t rows, int64_t width, const Matrix<T>& to, const Factor& factor) {
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t d = 0; d < to.cols; d += W)
-      store(to.at(i, d), load(from + i * width + d) * factor(i), static_cast<int>(std::min<int64_t>(W, to.cols - d)));
+    for (int64_t d = 0; d < to.cols; d += W) {
+      const int n = static_cast<int>(std::min<int64_t>(W, to.cols - d));
+      store(to.at(i, d), load(from + i * width + d) * factor(i), n);
+    }
 }
 
 // Scratch that a task carves into arrays, each on a cache line of its own.
 class Scratch {
  public:
-  explicit Scratch(int64_t floats) : buffer_((floats + 64 * kMost) * sizeof(float)), next_(buffer_.as<float>()) {}
+  explicit Scratch(int64_t floats)
+      : buffer_((floats + 64 * kMost) * sizeof(float)), next_(buffer_.as<float>()) {}
   float* take(int64_t floats) { return std::exchange(next_, next_ + round_up(floats + W, 16)); }
 
  private:

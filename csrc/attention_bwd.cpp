@@ -111,7 +111,8 @@ class Chunk {
         key_floats_(round_up(last - first, kKeys) * p.width),
         scratch_(2 * key_floats_ + dq_floats(p) + 3 * kQueries * kPitch + PackedQueries<T>::floats(p) +
                  PackedKeys<T>::floats(p)),
-        dk_(scratch_.take(key_floats_)), dv_(scratch_.take(key_floats_)), own_dq_(scratch_.take(dq_floats(p))),
+        dk_(scratch_.take(key_floats_)), dv_(scratch_.take(key_floats_)),
+        own_dq_(scratch_.take(dq_floats(p))),
         p_block_(scratch_.take(kQueries * kPitch)), ds_block_(scratch_.take(kQueries * kPitch)),
         ds_rows_(scratch_.take(kQueries * kPitch)), queries_(p, scratch_), keys_(p, scratch_) {}
 
@@ -165,8 +166,10 @@ class Chunk {
     const bool two = i + 1 < block.rows;
     float *p0 = p_block_ + i * kPitch, *ds0 = ds_block_ + i * kPitch, *rows = ds_rows_ + i * kPitch;
     const float *lse = queries_.lse(block.row + i), *delta = queries_.delta(block.row + i);
-    const auto probability = [&](int r, int j) { return softmax_exp(load(p0 + r * kPitch + j) - set(lse[r])); };
-    const auto score_gradient = [&](int r, int j, Vec p) { return p * (load(ds0 + r * kPitch + j) - set(delta[r])); };
+    const auto probability = [&](int r, int j) { return softmax_exp(load(p0 + r * kPitch + j) - lse[r]); };
+    const auto score_gradient = [&](int r, int j, Vec p) {
+      return p * (load(ds0 + r * kPitch + j) - delta[r]);
+    };
     for (int j = 0; j < block.part_of(i); j += W) {
       const Vec p_a = probability(0, j), p_b = two ? probability(1, j) : Vec{};
       const Vec ds_a = score_gradient(0, j, p_a), ds_b = two ? score_gradient(1, j, p_b) : Vec{};
@@ -191,7 +194,8 @@ class Chunk {
   }
 
   void write(const float* from, const Tensor& to, int64_t h, int64_t row, int64_t rows, float factor) const {
-    write_rows(from, rows, p_.width, head_of<T>(to, b_, h).some_rows(row, rows), [=](int64_t) { return factor; });
+    const auto to_rows = head_of<T>(to, b_, h).some_rows(row, rows);
+    write_rows(from, rows, p_.width, to_rows, [=](int64_t) { return factor; });
   }
 
   static constexpr bool pairs = Units<T>::depth == 2;
@@ -210,7 +214,8 @@ template <class T>
 void add_partial(const Problem& p, float* partial, int64_t chunk, int64_t chunks, const Tensor& dq) {
   const int64_t size = Chunk<T>::dq_floats(p), blocks = ceil_div(p.s_q, kQueries), heads = p.batch * p.heads;
   parallel_for(heads * blocks, false, [&](int64_t task) {
-    const int64_t head = task / blocks, row = task % blocks * kQueries, n = std::min<int64_t>(kQueries, p.s_q - row);
+    const int64_t head = task / blocks, row = task % blocks * kQueries;
+    const int64_t n = std::min<int64_t>(kQueries, p.s_q - row);
     float* total = partial + head * size + row * p.width;
     for (int64_t c = 1; c < chunks; ++c) {
       if (p.first_query(c * chunk) / kQueries * kQueries > row) break;  // sees none of these keys
@@ -230,7 +235,8 @@ void backward(const Problem& p, const Tensors& t) {
   const int64_t chunks = std::max<int64_t>(1, ceil_div(p.s_k, chunk)), dq_floats = Chunk<T>::dq_floats(p);
   const bool split = chunks > 1 && t.dq.count();
   const Buffer partial((split ? chunks * p.batch * p.heads * dq_floats : 0) * sizeof(float));
-  parallel_for(groups * chunks, true, [&](int64_t task) {  // the first keys are seen by most: they start first
+  // the first keys are seen by most queries: they start first
+  parallel_for(groups * chunks, true, [&](int64_t task) {
     const int64_t c = task / groups, group = task % groups;
     float* dq = partial.as<float>() + (c * groups + group) * p.group * dq_floats;
     Chunk<T>(p, t, group / p.kv_heads, group % p.kv_heads, c * chunk, std::min((c + 1) * chunk, p.s_k))
@@ -242,9 +248,9 @@ void backward(const Problem& p, const Tensors& t) {
 }  // namespace
 }  // namespace attn
 
-void attention_bwd(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor mask, Tensor out, Tensor lse,
-                   OptionalInt causal_offset, double scale, std::vector<bool>, Tensor dq, Tensor dk, Tensor dv,
-                   Tensor) {
+void attention_bwd(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor mask, Tensor out,
+                   Tensor lse, OptionalInt causal_offset, double scale, std::vector<bool>, Tensor dq, Tensor dk,
+                   Tensor dv, Tensor) {
   const attn::Problem problem(q, k, mask, causal_offset, scale);
   const attn::Tensors tensors{dout, dlse, q, k, v, out, lse, dq, dk, dv};
   with_type(q.dtype, [&](auto t) { attn::backward<decltype(t)>(problem, tensors); });

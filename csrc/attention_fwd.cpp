@@ -102,7 +102,8 @@ template <class T>
 void forward_chunk(const Problem& p, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                    const Tensor& lse, int64_t b, int64_t kv_head, int64_t first, int64_t last) {
   const int64_t keys = p.visible(last - 1), blocks = ceil_div(keys, kKeys);
-  const int64_t key_size = packed_size<kPanel, T>(kKeys, p.dim), value_size = packed_size<kPanel, T>(p.dim, kKeys);
+  const int64_t key_size = packed_size<kPanel, T>(kKeys, p.dim);
+  const int64_t value_size = packed_size<kPanel, T>(p.dim, kKeys);
   Scratch scratch(blocks * (key_size + value_size) + Queries<T>::floats(p));
   float *packed_keys = scratch.take(blocks * key_size), *packed_values = scratch.take(blocks * value_size);
   const auto k_head = head_of<const T>(k, b, kv_head), v_head = head_of<const T>(v, b, kv_head);
@@ -135,7 +136,7 @@ void forward(const Problem& p, const Tensor& q, const Tensor& k, const Tensor& v
   const int64_t chunk = std::max<int64_t>(2 * kQueries, round_up(ceil_div(p.s_q, cut), kQueries));
   const int64_t chunks = ceil_div(p.s_q, chunk);
   parallel_for(groups * chunks, true, [&](int64_t task) {
-    const int64_t first = (chunks - 1 - task / groups) * chunk;  // the last queries see most: they start first
+    const int64_t first = (chunks - 1 - task / groups) * chunk;  // the last see most keys: they start first
     forward_chunk<T>(p, q, k, v, out, lse, task % groups / p.kv_heads, task % p.kv_heads, first,
                      std::min(first + chunk, p.s_q));
   });
@@ -144,8 +145,8 @@ void forward(const Problem& p, const Tensor& q, const Tensor& k, const Tensor& v
 }  // namespace
 }  // namespace attn
 
-void attention_fwd(Tensor q, Tensor k, Tensor v, Tensor mask, OptionalInt causal_offset, double scale, Tensor out,
-                   Tensor lse) {
+void attention_fwd(Tensor q, Tensor k, Tensor v, Tensor mask, OptionalInt causal_offset, double scale,
+                   Tensor out, Tensor lse) {
   const attn::Problem problem(q, k, mask, causal_offset, scale);
   with_type(q.dtype, [&](auto t) { attn::forward<decltype(t)>(problem, q, k, v, out, lse); });
 }

@@ -35,21 +35,44 @@ class Linear {
   Buffer bias_;
 };
 
-// Epilogue that adds up the results of several products in float, and rounds the last sum only.
+// A gradient that several products add to: in float, only the last sum is rounded to T.
 template <class T>
 class Sum {
  public:
   Sum(const Matrix<T>& out, int64_t terms)
       : out_(out), terms_(terms), partial_(rounds() && terms > 1 ? out.rows * out.cols * sizeof(float) : 0) {}
   Sum(const Tensor& out, int64_t terms)
-      : Sum(Matrix<T>(out.as<T>(), out.dims > 1 ? out.size[0] : 1, out.dims ? out.size[out.dims - 1] : 0), terms) {}
+      : Sum({out.as<T>(), out.dims > 1 ? out.size[0] : 1, out.dims ? out.size[out.dims - 1] : 0}, terms) {}
 
-  // The epilogue of the next product.
+  // out += a bᵀ, where `out` is wanted
+  void add(const Matrix<const T>& a, const Matrix<const T>& b) {
+    if (out_.data) multiply(a, b, next(), {Touched(out_.data, out_.row_stride)});
+  }
+  // out += the sums of the columns, rows in order
+  void add_columns(const Matrix<const T>& m) {
+    if (!out_.data) return;
+    const auto epilogue = next();
+    parallel_for(ceil_div(m.cols, kStrip), false, [&](int64_t strip) {
+      const int64_t first = strip * kStrip, last = std::min(m.cols, first + kStrip);
+      Vec sums[kStrip / W] = {};
+      for (int64_t row = 0; row < m.rows; ++row)
+        for (int64_t j = first; j < last; j += W) sums[(j - first) / W] += load(m.at(row, j), lanes(j, last));
+      for (int64_t j = first; j < last; j += W) epilogue(0, j, sums[(j - first) / W], lanes(j, last));
+    });
+  }
+
+ private:
+  static constexpr int64_t kStrip = 4 * W;
+  static constexpr bool rounds() { return sizeof(T) < sizeof(float); }
+  static int lanes(int64_t i, int64_t end) { return static_cast<int>(std::min<int64_t>(W, end - i)); }
+
+  // The epilogue of the next term.
   auto next() {
     const int64_t term = term_++;
     return [this, term](int64_t row, int64_t col, Vec v, int n) {
       T* out = out_.at(row, col);
-      float* partial = rounds() ? partial_.as<float>() + row * out_.cols + col : reinterpret_cast<float*>(out);
+      float* partial = reinterpret_cast<float*>(out);
+      if (rounds()) partial = partial_.as<float>() + row * out_.cols + col;
       if (term > 0) v += load(partial, n);
       if (term + 1 == terms_)
         store(out, v, n);
@@ -58,26 +81,10 @@ class Sum {
     };
   }
 
- private:
-  static constexpr bool rounds() { return sizeof(T) < sizeof(float); }
   Matrix<T> out_;
   int64_t terms_, term_ = 0;
   Buffer partial_;
 };
-
-template <class T, class Epilogue>
-void sum_columns(const Matrix<const T>& m, const Epilogue& epilogue) {
-  constexpr int64_t kStrip = 4 * W;
-  parallel_for(ceil_div(m.cols, kStrip), false, [&](int64_t strip) {
-    const int64_t first = strip * kStrip, last = std::min(m.cols, first + kStrip);
-    Vec sums[4] = {};
-    for (int64_t row = 0; row < m.rows; ++row)
-      for (int64_t j = 0; first + j < last; j += W)
-        sums[j / W] += load(m.at(row, first + j), static_cast<int>(std::min<int64_t>(W, last - first - j)));
-    for (int64_t j = 0; first + j < last; j += W)
-      epilogue(0, first + j, sums[j / W], static_cast<int>(std::min<int64_t>(W, last - first - j)));
-  });
-}
 
 // Calls body(first, count) for every chunk of rows; once for none at all, so that sums become zeros.
 template <class Body>
@@ -90,8 +97,8 @@ void for_chunks(int64_t rows, const Body& body) {
 }
 
 template <class T, class F>
-void forward(const Matrix<const T>& x, const Linear<T>& in, const Linear<T>& gate, const Linear<T>& out, bool keep,
-             T* y, T* u, T* g) {
+void forward(const Matrix<const T>& x, const Linear<T>& in, const Linear<T>& gate, const Linear<T>& out,
+             bool keep, T* y, T* u, T* g) {
   const int64_t wide = in.weight.rows, dim_out = out.weight.rows;
   const Buffer hidden(std::min(kChunk, x.rows) * wide * sizeof(T));
   T* const h = hidden.as<T>();
@@ -100,27 +107,32 @@ void forward(const Matrix<const T>& x, const Linear<T>& in, const Linear<T>& gat
     T* const u_rows = keep ? u + first * wide : h;
     T* const g_rows = keep ? g + first * wide : nullptr;
     T* const y_rows = y + first * dim_out;
-    if (gate) {
-      multiply(rows, in.weight, [&](int64_t row, int64_t col, Vec v, int n) {
-        store(u_rows + row * wide + col, v + in.bias(col, n), n);
-      });
-      multiply(rows, gate.weight, [&](int64_t row, int64_t col, Vec v, int n) {
-        const int64_t i = row * wide + col;
-        v += gate.bias(col, n);
-        if (g_rows) store(g_rows + i, v, n);
-        store(h + i, F::value(v) * load(u_rows + i, n), n);
-      }, {Reads(u_rows, wide)});
-    } else {
-      multiply(rows, in.weight, [&](int64_t row, int64_t col, Vec v, int n) {
-        const int64_t i = row * wide + col;
-        v += in.bias(col, n);
-        if (keep) store(u_rows + i, v, n);
-        store(h + i, F::value(v), n);
-      });
-    }
-    multiply(Matrix<const T>(h, count, wide), out.weight, [&](int64_t row, int64_t col, Vec v, int n) {
+    const auto only_u = [&](int64_t row, int64_t col, Vec v, int n) {
+      store(u_rows + row * wide + col, v + in.bias(col, n), n);
+    };
+    const auto gated = [&](int64_t row, int64_t col, Vec v, int n) {
+      const int64_t i = row * wide + col;
+      v += gate.bias(col, n);
+      if (keep) store(g_rows + i, v, n);
+      store(h + i, F::value(v) * load(u_rows + i, n), n);
+    };
+    const auto activated = [&](int64_t row, int64_t col, Vec v, int n) {
+      const int64_t i = row * wide + col;
+      v += in.bias(col, n);
+      if (keep) store(u_rows + i, v, n);
+      store(h + i, F::value(v), n);
+    };
+    const auto result = [&](int64_t row, int64_t col, Vec v, int n) {
       store(y_rows + row * dim_out + col, v + out.bias(col, n), n);
-    });
+    };
+    const Touched to_u(u_rows, wide), to_g(g_rows, wide), to_h(h, wide), to_y(y_rows, dim_out);
+    if (gate) {
+      multiply(rows, in.weight, only_u, {to_u});
+      multiply(rows, gate.weight, gated, {to_u, to_g, to_h});
+    } else {
+      multiply(rows, in.weight, activated, {to_u, to_h});
+    }
+    multiply(Matrix<const T>(h, count, wide), out.weight, result, {to_y});
   });
 }
 
@@ -159,7 +171,8 @@ void backward_hidden(const Matrix<const T>& dy, const Matrix<const T>& weight_ou
       store(to.du.data + i, dh * a.slope, n);
     }
   };
-  multiply(dy, weight_out.t(), epilogue, {Reads(u, wide), Reads(g, wide)});
+  const Touched to_h(to.h.data, wide), to_du(to.du.data, wide), to_dg(to.dg.data, wide);
+  multiply(dy, weight_out.t(), epilogue, {Touched(u, wide), Touched(g, wide), to_h, to_du, to_dg});
 }
 
 template <class T, class F>
@@ -175,24 +188,23 @@ void backward(const Matrix<const T>& dy, const Matrix<const T>& x, const Matrix<
     const Hidden<T> hidden(count, wide, g);
     const Matrix<const T> h = hidden.h, du = hidden.du, dg = hidden.dg;
     backward_hidden<T, F>(dy_rows, weight_out, u + first * wide, g ? g + first * wide : nullptr, hidden);
-    if (wanted(to.x)) {
-      Sum<T> sum(Matrix<T>(to.x.as<T>() + first * x.cols, count, x.cols), g ? 2 : 1);
-      multiply(du, weight_in.t(), sum.next());
-      if (g) multiply(dg, weight_gate.t(), sum.next());
-    }
-    if (wanted(to.weight_in)) multiply(du.t(), x_rows.t(), weight_in_sum.next());
-    if (wanted(to.weight_gate)) multiply(dg.t(), x_rows.t(), weight_gate_sum.next());
-    if (wanted(to.weight_out)) multiply(dy_rows.t(), h.t(), weight_out_sum.next());
-    if (wanted(to.bias_in)) sum_columns(du, bias_in_sum.next());
-    if (wanted(to.bias_gate)) sum_columns(dg, bias_gate_sum.next());
-    if (wanted(to.bias_out)) sum_columns(dy_rows, bias_out_sum.next());
+    T* const dx = wanted(to.x) ? to.x.as<T>() + first * x.cols : nullptr;
+    Sum<T> x_sum(Matrix<T>(dx, count, x.cols), g ? 2 : 1);
+    x_sum.add(du, weight_in.t());
+    if (g) x_sum.add(dg, weight_gate.t());
+    weight_in_sum.add(du.t(), x_rows.t());
+    weight_gate_sum.add(dg.t(), x_rows.t());
+    weight_out_sum.add(dy_rows.t(), h.t());
+    bias_in_sum.add_columns(du);
+    bias_gate_sum.add_columns(dg);
+    bias_out_sum.add_columns(dy_rows);
   });
 }
 
 }  // namespace
 
-void ffn_fwd(Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_gate, Tensor bias_gate, Tensor weight_out,
-             Tensor bias_out, std::string activation, bool keep, Tensor y, Tensor u, Tensor g) {
+void ffn_fwd(Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_gate, Tensor bias_gate,
+             Tensor weight_out, Tensor bias_out, std::string activation, bool keep, Tensor y, Tensor u, Tensor g) {
   with_type(x.dtype, [&](auto type) {
     using T = decltype(type);
     const Linear<T> in(weight_in, bias_in), gate(weight_gate, bias_gate), out(weight_out, bias_out);
@@ -202,8 +214,8 @@ void ffn_fwd(Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_gate, Ten
   });
 }
 
-void ffn_bwd(Tensor dy, Tensor x, Tensor weight_in, Tensor, Tensor weight_gate, Tensor, Tensor weight_out, Tensor,
-             Tensor u, Tensor g, std::string activation, std::vector<bool>, Tensor dx, Tensor dweight_in,
+void ffn_bwd(Tensor dy, Tensor x, Tensor weight_in, Tensor, Tensor weight_gate, Tensor, Tensor weight_out,
+             Tensor, Tensor u, Tensor g, std::string activation, std::vector<bool>, Tensor dx, Tensor dweight_in,
              Tensor dbias_in, Tensor dweight_gate, Tensor dbias_gate, Tensor dweight_out, Tensor dbias_out) {
   const Gradients to{dx, dweight_in, dbias_in, dweight_gate, dbias_gate, dweight_out, dbias_out};
   with_type(x.dtype, [&](auto type) {

@@ -1,8 +1,9 @@
 // One blocked matrix product for all kernels:  C[m][n] = Σ_k A[m][k] B[n][k],  sums in float, and an
 // epilogue that sees every element once, complete.
 //
-//   Packed<T> w(weight);                          // (N, K), packed by all threads; use it again and again
-//   multiply(x, w, [&](int64_t row, int64_t col, Vec c, int n) { store(y + row * N + col, c, n); });
+//   Packed<T> w(weight);  // (N, K), packed by all threads; may be used again and again
+//   const auto epilogue = [&](int64_t row, int64_t col, Vec c, int n) { store(y + row * N + col, c, n); };
+//   multiply(x, w, epilogue, {Touched(y, N)});
 //
 // Blocking, with the numbers of AVX-512 on a core with 32 KiB, 1 MiB and a 32 MiB shared cache:
 //   registers  a tile of 12 x 32: 24 sums + 2 of B = 26 of 32 registers; A enters as a broadcast operand.
@@ -35,10 +36,10 @@ constexpr int kTileRows = 6, kTileCols = 16;  // 12 sums, 2 of B, 1 of A, of 16 
 constexpr int kTileRows = 4, kTileCols = 8;  // 8 sums, 2 of B, 1 of A, of 16 registers
 #endif
 constexpr int64_t kTile = kTileRows * kTileCols;
-constexpr int64_t kDepth = 384;            // units of a block along k
+constexpr int64_t kDepth = 384;                  // units of a block along k
 constexpr int64_t kRowPanels = 144 / kTileRows;  // most panels of A in a task
-constexpr int64_t kColPanels = 768 / kTileCols;  // and of B
-constexpr int64_t kPackedBytes = 16 << 20;  // of B that are packed at a time when it is used once
+constexpr int64_t kColPanels = 768 / kTileCols;  // and of B: with K in blocks, 432 KiB of sums wait in L2
+constexpr int64_t kPackedBytes = 16 << 20;       // of B, packed at a time when it is used once
 
 // tile (kTileRows x kTileCols) = or += a · b over `units` steps of two packed panels.
 template <int depth>
@@ -76,7 +77,10 @@ class Packed {
   const int64_t rows, depth;
 
   explicit Packed(const Matrix<const T>& m)
-      : rows(m.rows), depth(m.cols), units_(ceil_div(depth, Units<T>::depth)), buffer_(panels() * size() * sizeof(float)) {
+      : rows(m.rows),
+        depth(m.cols),
+        units_(ceil_div(depth, Units<T>::depth)),
+        buffer_(panels() * size() * sizeof(float)) {
     parallel_for(panels(), false, [&](int64_t i) {
       Packing<kTileCols, T>(m, i * kTileCols, 0, depth).run(1, buffer_.as<float>() + i * size());
     });
@@ -98,15 +102,17 @@ inline int64_t part_size(int64_t count, int64_t most, int64_t want) {
   return parts ? ceil_div(count, parts) : 1;
 }
 
-// A matrix that an epilogue reads where it is called: fetched while the sums are still running.
-struct Reads {
+// A matrix that an epilogue reads or writes where it is called: fetched while the sums are still running.
+struct Touched {
   const char* data = nullptr;
   int64_t row_bytes = 0, element_bytes = 0;
 
-  Reads() = default;
+  Touched() = default;
   template <class T>
-  Reads(const T* data, int64_t row_stride)
-      : data(reinterpret_cast<const char*>(data)), row_bytes(row_stride * sizeof(T)), element_bytes(sizeof(T)) {}
+  Touched(const T* data, int64_t row_stride)
+      : data(reinterpret_cast<const char*>(data)),
+        row_bytes(row_stride * sizeof(T)),
+        element_bytes(sizeof(T)) {}
   void prefetch_tile(int64_t row, int64_t col) const {
     if (!data) return;
     const char* from = data + row * row_bytes + col * element_bytes;
@@ -114,17 +120,22 @@ struct Reads {
       for (int64_t byte = 0; byte < kTileCols * element_bytes; byte += 64) prefetch(from + byte);
   }
 };
-using ReadsTwo = std::array<Reads, 2>;
+using TouchedList = std::array<Touched, 5>;
 
 // Where complete tiles go: an epilogue behind one indirect call a tile, so that the blocked loops are
 // compiled once for all epilogues.
 class Finish {
  public:
   template <class Epilogue>
-  Finish(const Epilogue& epilogue, const ReadsTwo& reads, int64_t rows, int64_t first_col, int64_t cols)
-      : epilogue_(&epilogue), call_(&each<Epilogue>), reads_(reads), rows_(rows), first_col_(first_col), cols_(cols) {}
+  Finish(const Epilogue& epilogue, const TouchedList& touched, int64_t rows, int64_t first_col, int64_t cols)
+      : epilogue_(&epilogue),
+        call_(&each<Epilogue>),
+        touched_(touched),
+        rows_(rows),
+        first_col_(first_col),
+        cols_(cols) {}
   void prepare(int64_t row, int64_t col) const {
-    for (const Reads& r : reads_) r.prefetch_tile(row, first_col_ + col);
+    for (const Touched& t : touched_) t.prefetch_tile(row, first_col_ + col);
   }
   void operator()(const float* tile, int64_t row, int64_t col) const { call_(*this, tile, row, col); }
 
@@ -136,11 +147,12 @@ class Finish {
     const int64_t cols = std::min<int64_t>(kTileCols, f.cols_ - col);
     for (int64_t i = 0; i < rows; ++i, tile += kTileCols)
       for (int64_t j = 0; j < cols; j += W)
-        epilogue(row + i, f.first_col_ + col + j, load(tile + j), static_cast<int>(std::min<int64_t>(W, cols - j)));
+        epilogue(row + i, f.first_col_ + col + j, load(tile + j),
+                 static_cast<int>(std::min<int64_t>(W, cols - j)));
   }
   const void* epilogue_;
   void (*call_)(const Finish&, const float*, int64_t, int64_t);
-  ReadsTwo reads_;
+  TouchedList touched_;
   int64_t rows_, first_col_, cols_;
 };
 
@@ -151,7 +163,8 @@ struct Range {
 
 // Panels `rows` of A times panels `cols` of B, by one thread.
 template <class T>
-void multiply_block(const Matrix<const T>& a, const Packed<T>& b, Range rows, Range cols, const Finish& finish) {
+void multiply_block(const Matrix<const T>& a, const Packed<T>& b, Range rows, Range cols,
+                    const Finish& finish) {
   constexpr int depth = Units<T>::depth;
   const int64_t units = ceil_div(a.cols, depth), blocks = std::max<int64_t>(1, ceil_div(units, kDepth));
   const int64_t step = ceil_div(units, blocks);
@@ -188,19 +201,19 @@ void multiply_blocks(const Matrix<const T>& a, const Packed<T>& b, const Finish&
 
 // epilogue(row, col, values, n): n sums of row `row` from column `col` on, on some thread.
 template <class T, class Epilogue>
-void multiply(const Matrix<const T>& a, const Packed<T>& b, const Epilogue& epilogue, const ReadsTwo& reads = {},
-              int64_t first_col = 0) {
-  multiply_blocks(a, b, Finish(epilogue, reads, a.rows, first_col, b.rows));
+void multiply(const Matrix<const T>& a, const Packed<T>& b, const Epilogue& epilogue,
+              const TouchedList& touched = {}, int64_t first_col = 0) {
+  multiply_blocks(a, b, Finish(epilogue, touched, a.rows, first_col, b.rows));
 }
 
 // The same for a second operand that is used once: packed in parts that stay in the shared cache.
 template <class T, class Epilogue>
 void multiply(const Matrix<const T>& a, const Matrix<const T>& b, const Epilogue& epilogue,
-              const ReadsTwo& reads = {}) {
+              const TouchedList& touched = {}) {
   const int64_t bytes = std::max<int64_t>(1, b.cols) * kTileCols * 4 / Units<T>::depth;
   const int64_t rows = std::max<int64_t>(1, kPackedBytes / bytes) * kTileCols;
   for (int64_t first = 0; first < b.rows; first += rows)
-    multiply(a, Packed<T>(b.some_rows(first, std::min(rows, b.rows - first))), epilogue, reads, first);
+    multiply(a, Packed<T>(b.some_rows(first, std::min(rows, b.rows - first))), epilogue, touched, first);
 }
 
 }  // namespace llmkern

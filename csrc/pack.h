@@ -52,8 +52,9 @@ struct FloatUnits {
 struct PairUnits {
   static constexpr int depth = 2;
   static Vec along_depth(const bf16* p, int64_t k) {
+    if (k >= 2 * W) return load(reinterpret_cast<const float*>(p));
     bf16 pairs[2 * W] = {};
-    std::memcpy(pairs, p, std::min<int64_t>(2 * W, k) * sizeof(bf16));
+    std::memcpy(pairs, p, k * sizeof(bf16));
     return load(reinterpret_cast<const float*>(pairs));
   }
   static Vec along_rows(const bf16* p, int n, int64_t stride, int64_t k) {
@@ -83,7 +84,11 @@ template <int P, class T>
 class Packing {
  public:
   Packing(const Matrix<const T>& m, int64_t first, int64_t k0, int64_t depth)
-      : from_(m.at(first, k0)), rows_(m.rows - first), depth_(depth), row_(m.row_stride), col_(m.col_stride) {}
+      : from_(m.at(first, k0)),
+        rows_(m.rows - first),
+        depth_(depth),
+        row_(m.row_stride),
+        col_(m.col_stride) {}
 
   void run(int64_t panels, float* to) const {
     if (row_ == 1)

@@ -283,31 +283,6 @@ inline Vec softmax_exp(Vec x) {
 
 inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
 
-// erf(x) to 2e-7: an odd polynomial for |x| < 1, 1 - e^-q(|x|) above; both fitted for least maximum
-// error in double precision (errors 1.2e-9 and 5e-10 before rounding).
-inline Vec erf(Vec x) {
-  const Vec s = x * x, a = floats(bits(x) & 0x7fffffff);
-  Vec p = set(7.853861e-5f);
-  p = fma(p, s, set(-8.0101937e-4f));
-  p = fma(p, s, set(5.1883277e-3f));
-  p = fma(p, s, set(-2.6853813e-2f));
-  p = fma(p, s, set(0.112835854f));
-  p = fma(p, s, set(-0.37612626f));
-  p = fma(p, s, set(1.1283791f));
-  const Vec t = min(a, set(4.0f));
-  Vec q = set(1.8048793e-5f);
-  q = fma(q, t, set(-3.9447879e-4f));
-  q = fma(q, t, set(3.9536855e-3f));
-  q = fma(q, t, set(-2.4483718e-2f));
-  q = fma(q, t, set(0.10719795f));
-  q = fma(q, t, set(0.63442123f));
-  q = fma(q, t, set(1.1289378f));
-  q = fma(q, t, set(-4.5082732e-5f));
-  const Vec tail = 1.0f - exp(-q);
-  const Vec big = floats(bits(tail) | (bits(x) & static_cast<int32_t>(0x80000000)));
-  return a < 1.0f ? x * p : (x == x ? big : x);
-}
-
 // ---- pairs of bfloat16 for the dot instruction -------------------------------------------------
 
 #if defined(__AVX512BF16__)

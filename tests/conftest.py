@@ -10,6 +10,7 @@ import torch
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+os.environ.pop("PYTHONSAFEPATH", None)  # processes that tests start name their own folder
 sys.path.insert(0, str(Path(__file__).parent))  # the helpers beside the tests
 sys.path.append(str(Path(__file__).parent.parent))  # benchmarks/
 

@@ -111,8 +111,10 @@ def find(op: "Op", half: str, backend: str) -> Callable[..., None] | str:
         return getattr(module, name, f"csrc/{op.family}.cpp has no {name}")
     try:
         module = import_module(f"llmkern.kernels.{op.family}")
-    except ImportError as error:
-        return f"Triton kernels cannot be loaded ({error}); `pip install triton` on Linux"
+    except ModuleNotFoundError as error:
+        if error.name == "triton":
+            return "triton is not installed; `pip install triton` on Linux"
+        return f"kernels/{op.family}.py cannot be imported ({error})"
     return getattr(module, name, f"kernels/{op.family}.py has no {name}")
 
 
