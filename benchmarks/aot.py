@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from llmkern.kernels import launch as launcher
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -141,7 +142,8 @@ def compiling(
             found(launch(self, *args, grid=grid, warmup=True, **kwargs), self.__name__)
 
     driver.set_active(Driver(index, target))
-    with mock.patch.object(JITFunction, "run", run):
+    most_warps = 4 if target.backend == "hip" else 32
+    with mock.patch.object(JITFunction, "run", run), mock.patch.object(launcher, "MOST_WARPS", most_warps):
         yield
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from . import config
 from .attention_backward import attention_bwd
-from .attention_scores import base, head_of, mask_kind, scaled, scores, softmax_exp, tile_ptrs, to_log
-from .launch import fit, launch
+from .attention_scores import base, head_of, plan, scaled, scores, softmax_exp, tile_ptrs, to_log
+from .launch import launch
 
 __all__ = ["attention_bwd", "attention_fwd"]
 
@@ -29,10 +29,7 @@ def attention_fwd(
     s_k = k.shape[2]
     if not lse.numel():
         return
-    block_d = fit(dim, 16, 256)
-    tile = config.ATTENTION_FWD[q.element_size(), block_d]
-    block_m, block_n = fit(s_q, 16, tile.rows), fit(s_k, 16, tile.cols)
-    kind = mask_kind(mask)
+    block_d, block_m, block_n, kind, run = plan(config.ATTENTION_FWD, q, k, mask)
     launch(
         _forward_kernel, q, (triton.cdiv(s_q, block_m) * batch * heads,),
         q, k, v, mask, out, lse,
@@ -40,7 +37,7 @@ def attention_fwd(
         *out.stride()[:3],
         heads, heads // k.shape[1], s_q, s_k, causal_offset or 0, scaled(scale, kind),
         dim, block_d, block_m, block_n, causal_offset is not None, kind,
-        warps=tile.warps, stages=tile.stages,
+        **run,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .attention_scores import base, from_log, head_of, mask_kind, scaled, scores, softmax_exp, tile_ptrs
+from .attention_scores import base, from_log, head_of, plan, scaled, scores, softmax_exp, tile_ptrs
 from .launch import fit, launch
 
 
@@ -35,7 +35,7 @@ def attention_bwd(
 def _launch_delta(dout, out, dlse, delta) -> None:
     batch, heads, s_q, dim = out.shape
     block_d = fit(dim, 16, 256)
-    rows = 4096 // block_d
+    rows = config.ATTENTION_DELTA // block_d
     launch(
         _delta_kernel, out, (triton.cdiv(s_q, rows) * batch * heads,),
         dout, out, dlse, delta, *dout.stride()[:3], *out.stride()[:3],
@@ -46,10 +46,7 @@ def _launch_delta(dout, out, dlse, delta) -> None:
 def _launch_dkv(dout, q, k, v, mask, lse, delta, causal_offset, scale, dk, dv) -> None:
     batch, heads, s_q, dim = q.shape
     heads_kv, s_k = k.shape[1:3]
-    block_d = fit(dim, 16, 256)
-    tile = config.ATTENTION_DKV[q.element_size(), block_d]
-    block_m, block_n = fit(s_q, 16, tile.rows), fit(s_k, 16, tile.cols)
-    kind = mask_kind(mask)
+    block_d, block_m, block_n, kind, run = plan(config.ATTENTION_DKV, q, k, mask)
     like = dk if dk.numel() else dv  # both are laid out alike
     launch(
         _dkv_kernel, q, (triton.cdiv(s_k, block_n) * batch * heads_kv,),
@@ -58,17 +55,14 @@ def _launch_dkv(dout, q, k, v, mask, lse, delta, causal_offset, scale, dk, dv) -
         *(mask.stride() if kind else (0,) * 4), *like.stride()[:3],
         heads_kv, heads // heads_kv, s_q, s_k, causal_offset or 0, scaled(scale, kind), scale,
         dim, block_d, block_m, block_n, causal_offset is not None, kind,
-        warps=tile.warps, stages=tile.stages,
+        **run,
     )  # fmt: skip
 
 
 def _launch_dq(dout, q, k, v, mask, lse, delta, causal_offset, scale, dq) -> None:
     batch, heads, s_q, dim = q.shape
     s_k = k.shape[2]
-    block_d = fit(dim, 16, 256)
-    tile = config.ATTENTION_DQ[q.element_size(), block_d]
-    block_m, block_n = fit(s_q, 16, tile.rows), fit(s_k, 16, tile.cols)
-    kind = mask_kind(mask)
+    block_d, block_m, block_n, kind, run = plan(config.ATTENTION_DQ, q, k, mask)
     launch(
         _dq_kernel, q, (triton.cdiv(s_q, block_m) * batch * heads,),
         dout, q, k, v, mask, lse, delta, dq,
@@ -76,7 +70,7 @@ def _launch_dq(dout, q, k, v, mask, lse, delta, causal_offset, scale, dq) -> Non
         *(mask.stride() if kind else (0,) * 4), *dq.stride()[:3],
         heads, heads // k.shape[1], s_q, s_k, causal_offset or 0, scaled(scale, kind), scale,
         dim, block_d, block_m, block_n, causal_offset is not None, kind,
-        warps=tile.warps, stages=tile.stages,
+        **run,
     )  # fmt: skip
 
 
@@ -119,9 +113,7 @@ def _dkv_blocks(
             at = mask
             if KIND:
                 at = mask + rows.to(tl.int64)[None, :] * stride_mask_q
-            s = scores(
-                s, at, rows[None, :], cols[:, None], stride_mask_k, s_q, s_k, offset, CAUSAL, KIND
-            )
+            s = scores(s, at, rows[None, :], cols[:, None], stride_mask_k, s_q, s_k, offset, CAUSAL, KIND)
         p = softmax_exp(s - row_lse[None, :], KIND)
         dv = tl.dot(p.to(d.dtype), d, dv, input_precision="ieee")
         dp = tl.dot(v, tl.trans(d), input_precision="ieee")
@@ -199,9 +191,7 @@ def _dq_blocks(
         values = tl.load(ptrs, mask=inside, other=0.0)
         s = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale  # (BLOCK_M, BLOCK_N)
         if EDGE:
-            s = scores(
-                s, mask, rows[:, None], cols[None, :], stride_mask, s_q, s_k, offset, CAUSAL, KIND
-            )
+            s = scores(s, mask, rows[:, None], cols[None, :], stride_mask, s_q, s_k, offset, CAUSAL, KIND)
         p = softmax_exp(s - row_lse[:, None], KIND)
         dp = tl.dot(d, tl.trans(values), input_precision="ieee")
         ds = p * (dp - row_delta[:, None])

@@ -4,10 +4,15 @@ Scores are kept in base 2, as scale · log2(e) · q kᵀ, because exp2 is one in
 additive mask they stay natural: masks of -3.4e38 must not become -inf.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from . import config
+from .launch import fit
 
 LOG2E = 1.4426950408889634
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -16,11 +21,23 @@ _BOOL = tl.constexpr(1)
 _FLOAT = tl.constexpr(2)
 
 
-def mask_kind(mask: Tensor | None) -> int:
-    """0 for no mask, 1 for a boolean and 2 for an additive one: KIND of the kernels."""
-    if mask is None:
-        return 0
-    return 1 if mask.dtype == torch.bool else 2
+class Plan(NamedTuple):
+    """How a kernel is run: sizes of its blocks, KIND of its mask, warps and pipeline stages."""
+
+    block_d: int
+    block_m: int
+    block_n: int
+    kind: int  # 0 no mask, 1 boolean, 2 additive
+    run: dict[str, int]
+
+
+def plan(table: dict[tuple[int, int], config.Tile], q: Tensor, k: Tensor, mask: Tensor | None) -> Plan:
+    """Blocks from a table of `config`, cut down to short inputs."""
+    block_d = fit(q.shape[3], 16, 256)
+    kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
+    tile = config.attention(table, q.element_size(), block_d, kind > 0)
+    block_m, block_n = fit(q.shape[2], 16, tile.rows), fit(k.shape[2], 16, tile.cols)
+    return Plan(block_d, block_m, block_n, kind, {"warps": tile.warps, "stages": tile.stages})
 
 
 def scaled(scale: float, kind: int) -> float:

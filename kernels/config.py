@@ -20,39 +20,40 @@ class Tile(NamedTuple):
 ATTENTION_FWD = {
     (2, 16): Tile(128, 64, 4, 3),
     (2, 32): Tile(128, 64, 4, 3),
-    (2, 64): Tile(128, 64, 4, 3),
+    (2, 64): Tile(128, 64, 8, 3),
     (2, 128): Tile(128, 64, 8, 2),
     (2, 256): Tile(64, 32, 8, 2),
     (4, 16): Tile(64, 32, 4, 2),
-    (4, 32): Tile(64, 32, 4, 2),
+    (4, 32): Tile(32, 32, 4, 2),
     (4, 64): Tile(32, 32, 4, 2),
-    (4, 128): Tile(32, 32, 4, 1),
-    (4, 256): Tile(16, 32, 4, 1),
+    (4, 128): Tile(32, 32, 8, 1),
+    (4, 256): Tile(16, 32, 8, 1),
 }
 ATTENTION_DKV = {
     (2, 16): Tile(64, 64, 4, 2),
-    (2, 32): Tile(64, 64, 4, 2),
+    (2, 32): Tile(32, 64, 4, 2),
     (2, 64): Tile(32, 64, 4, 2),
     (2, 128): Tile(32, 64, 8, 2),
-    (2, 256): Tile(32, 32, 8, 1),
+    (2, 256): Tile(16, 32, 8, 1),
     (4, 16): Tile(32, 32, 4, 1),
     (4, 32): Tile(32, 32, 4, 1),
     (4, 64): Tile(32, 32, 8, 1),
-    (4, 128): Tile(16, 32, 4, 1),
-    (4, 256): Tile(16, 16, 4, 1),
+    (4, 128): Tile(16, 32, 8, 1),
+    (4, 256): Tile(32, 16, 8, 1),
 }
 ATTENTION_DQ = {
     (2, 16): Tile(64, 64, 4, 2),
     (2, 32): Tile(64, 64, 4, 2),
     (2, 64): Tile(64, 64, 4, 2),
     (2, 128): Tile(64, 32, 4, 2),
-    (2, 256): Tile(32, 32, 8, 1),
+    (2, 256): Tile(32, 32, 4, 1),
     (4, 16): Tile(32, 32, 4, 1),
     (4, 32): Tile(32, 32, 4, 1),
-    (4, 64): Tile(32, 32, 4, 1),
-    (4, 128): Tile(32, 16, 4, 1),
-    (4, 256): Tile(16, 16, 4, 1),
+    (4, 64): Tile(32, 32, 8, 1),
+    (4, 128): Tile(32, 16, 8, 1),
+    (4, 256): Tile(16, 16, 8, 1),
 }
+ATTENTION_DELTA = 2048  # elements of dout that one program multiplies by out
 
 # matrix products; by (bytes of an element, whether the epilogue holds other tiles beside the product)
 GEMM = {
@@ -71,6 +72,12 @@ NORM_CHUNKS = 256  # groups of rows whose weight gradients are summed apart, the
 LOSS_BLOCK = 4096
 SUM_ROWS, SUM_COLS = 32, 64  # of one step of a column sum
 SUM_CHUNK = 512  # rows of one program of it
+
+
+def attention(table: dict[tuple[int, int], Tile], nbytes: int, block_d: int, masked: bool) -> Tile:
+    """The tile for elements of `nbytes` bytes; with a mask, whose tile needs registers too, half the rows."""
+    tile = table[nbytes, block_d]
+    return tile._replace(rows=max(16, tile.rows // 2)) if masked else tile
 
 
 def warps(elements: int) -> int:

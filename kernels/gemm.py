@@ -13,7 +13,8 @@ from .launch import fit, launch
 
 
 def gemm(
-    a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, a2: Tensor | None = None, b2: Tensor | None = None
+    a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None,
+    a2: Tensor | None = None, b2: Tensor | None = None,
 ) -> None:  # fmt: skip
     """out = a b + a2 b2 + bias; a (M, K) and b (K, N) with any strides, out (M, N) contiguous, or
     with 0 elements if nobody wants it.

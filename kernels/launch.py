@@ -8,14 +8,19 @@ import torch
 import triton
 from torch import Tensor
 
+# on AMD a warp has 64 threads, and blocks of more than four share out fewer registers
+MOST_WARPS = 4 if torch.version.hip else 32
 
-def launch(kernel: Callable, x: Tensor, grid: tuple[int, ...], *args: Any, warps: int, stages: int = 2) -> None:
+
+def launch(
+    kernel: Callable, x: Tensor, grid: tuple[int, ...], *args: Any, warps: int, stages: int = 2
+) -> None:
     """Run `kernel` on the device of `x`; the interpreter's CPU tensors need no device.
 
     Multiplications fuse with additions, whatever the default of the Triton version is.
     """
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        kernel[grid](*args, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+        kernel[grid](*args, num_warps=min(warps, MOST_WARPS), num_stages=stages, enable_fp_fusion=True)
 
 
 def fit(size: int, low: int, high: int) -> int:
