@@ -249,8 +249,8 @@ void backward(const Problem& p, const Tensors& t) {
 }  // namespace attn
 
 void attention_bwd(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor mask, Tensor out,
-                   Tensor lse, OptionalInt causal_offset, double scale, std::vector<bool>, Tensor dq, Tensor dk,
-                   Tensor dv, Tensor) {
+                   Tensor lse, OptionalInt causal_offset, double scale, std::vector<bool>, Tensor dq,
+                   Tensor dk, Tensor dv, Tensor) {
   const attn::Problem problem(q, k, mask, causal_offset, scale);
   const attn::Tensors tensors{dout, dlse, q, k, v, out, lse, dq, dk, dv};
   with_type(q.dtype, [&](auto t) { attn::backward<decltype(t)>(problem, tensors); });

@@ -204,7 +204,8 @@ void backward(const Matrix<const T>& dy, const Matrix<const T>& x, const Matrix<
 }  // namespace
 
 void ffn_fwd(Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_gate, Tensor bias_gate,
-             Tensor weight_out, Tensor bias_out, std::string activation, bool keep, Tensor y, Tensor u, Tensor g) {
+             Tensor weight_out, Tensor bias_out, std::string activation, bool keep, Tensor y, Tensor u,
+             Tensor g) {
   with_type(x.dtype, [&](auto type) {
     using T = decltype(type);
     const Linear<T> in(weight_in, bias_in), gate(weight_gate, bias_gate), out(weight_out, bias_out);
@@ -215,8 +216,9 @@ void ffn_fwd(Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_gate, Ten
 }
 
 void ffn_bwd(Tensor dy, Tensor x, Tensor weight_in, Tensor, Tensor weight_gate, Tensor, Tensor weight_out,
-             Tensor, Tensor u, Tensor g, std::string activation, std::vector<bool>, Tensor dx, Tensor dweight_in,
-             Tensor dbias_in, Tensor dweight_gate, Tensor dbias_gate, Tensor dweight_out, Tensor dbias_out) {
+             Tensor, Tensor u, Tensor g, std::string activation, std::vector<bool>, Tensor dx,
+             Tensor dweight_in, Tensor dbias_in, Tensor dweight_gate, Tensor dbias_gate, Tensor dweight_out,
+             Tensor dbias_out) {
   const Gradients to{dx, dweight_in, dbias_in, dweight_gate, dbias_gate, dweight_out, dbias_out};
   with_type(x.dtype, [&](auto type) {
     using T = decltype(type);

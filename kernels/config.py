@@ -46,7 +46,7 @@ ATTENTION_DQ = {
     (2, 32): Tile(64, 64, 4, 2),
     (2, 64): Tile(64, 64, 4, 2),
     (2, 128): Tile(64, 32, 4, 2),
-    (2, 256): Tile(32, 32, 4, 1),
+    (2, 256): Tile(16, 64, 8, 1),
     (4, 16): Tile(32, 32, 4, 1),
     (4, 32): Tile(32, 32, 4, 1),
     (4, 64): Tile(32, 32, 8, 1),
@@ -81,5 +81,5 @@ def attention(table: dict[tuple[int, int], Tile], nbytes: int, block_d: int, mas
 
 
 def warps(elements: int) -> int:
-    """Warps of a program that goes over this many elements at once: 16 to 32 for each thread."""
-    return max(1, min(16, elements // 512))
+    """Warps of a program that goes over this many elements at once: 8 for each thread."""
+    return max(1, min(32, elements // 256))
