@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +24,10 @@ import torch
 from llmkern.kernels import launch as launcher
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from llmkern.ops.dispatch import find
-from llmkern.ops.op import OPS, Make, Op, Sample
+from llmkern.ops.op import OPS, Make, Op, Sample, differentiable
 
 
 class Target(NamedTuple):
@@ -93,39 +94,19 @@ class Driver:
 
 def cases(op: Op, dtype: torch.dtype) -> Iterator[Sample]:
     """The op's benchmarks, and what they leave out of its kernels; made without data."""
-    make = Make(dtype)
-    yield from op.benchmarks(make)
-    if op.family == "attention":
-        for dim in (16, 32, 256):
-            qkv = tuple(make(2, heads, 1024, dim) for heads in (4, 2, 2))
-            yield Sample(f"head dim {dim}, causal", qkv, {"is_causal": True})
-        for dim in (64, 128, 256):
-            qkv = tuple(make(2, 4, 1024, dim) for _ in range(3))
-            yield Sample(f"head dim {dim}, float mask", qkv, {"attn_mask": make(1024, 1024)})
-        qkv = tuple(make(2, 4, 1024, 64) for _ in range(3))
-        yield Sample("not causal", qkv, {})
-        yield Sample("bool mask", qkv, {"attn_mask": make.integers(2, 2, 1, 1, 1024) == 1})
-    if op.family == "norm":
-        for width in (8192, 20000):  # the longest row that is one block, and one of several
-            yield Sample(f"64x{width}", (make(64, width), (width,), make(width)), {})
-    if op.family == "loss":
-        args = make(64, 50257), make.integers(50257, 64), make(50257)
-        yield Sample("weight and smoothing", args, {"label_smoothing": 0.1})
+    yield from op.benchmarks(Make(dtype))
+    yield from op.variants(Make(dtype))
 
 
-def on_meta(sample: Sample) -> Sample:
+def on_meta(op: Op, sample: Sample) -> Sample:
     """The sample with meta tensors of the same strides in place of fake ones."""
+    wanted = {id(t) for t in differentiable(op, sample) if t is not sample.kwargs.get("attn_mask")}
 
-    def convert(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        grad = value.is_floating_point()
-        return torch.empty_strided(
-            value.shape, value.stride(), dtype=value.dtype, device="meta", requires_grad=grad
-        )
+    def convert(x: Tensor) -> Tensor:
+        meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        return meta.requires_grad_(id(x) in wanted)
 
-    kwargs = {k: convert(v) if k != "attn_mask" else convert(v).detach() for k, v in sample.kwargs.items()}
-    return Sample(sample.label, tuple(map(convert, sample.args)), kwargs)
+    return Sample(sample.label, *tree_map_only(Tensor, convert, (sample.args, sample.kwargs)))
 
 
 @contextmanager
@@ -157,15 +138,15 @@ def only_triton(op: Op) -> Iterator[None]:
 
         def run(*args):
             outs = outputs(*args)
-            kernel(*args, *(outs if isinstance(outs, tuple) else (outs,)))
+            kernel(*args, *(outs if isinstance(outs, tuple) else () if outs is None else (outs,)))
             return outs
 
         return run
 
-    with (
-        mock.patch.object(op, "fwd", half("fwd", op.outputs)),
-        mock.patch.object(op, "bwd", half("bwd", op.outputs_bwd)),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(op, "fwd", half("fwd", op.outputs)))
+        if op.gradients:
+            stack.enter_context(mock.patch.object(op, "bwd", half("bwd", op.outputs_bwd)))
         yield
 
 
@@ -179,7 +160,8 @@ def compile_op(name: str, dtype: str, op: str, once: bool = False) -> list[Compi
     results: dict[int, Compiled] = {}
     with FakeTensorMode():
         samples = list(cases(OPS[op], getattr(torch, dtype)))
-    for sample in map(on_meta, samples):
+    for sample in samples:
+        sample = on_meta(OPS[op], sample)
         case = f"{op} {sample.label}"
 
         def found(kernel: Any, function: str, case: str = case) -> None:
@@ -191,7 +173,8 @@ def compile_op(name: str, dtype: str, op: str, once: bool = False) -> list[Compi
 
         with compiling(list(targets).index(name), targets[name], found, skip), only_triton(OPS[op]):
             out = OPS[op].public(*sample.args, **sample.kwargs)
-            (out[0] if isinstance(out, tuple) else out).sum().backward()
+            if OPS[op].gradients:
+                (out[0] if isinstance(out, tuple) else out).sum().backward()
     return list(results.values())
 
 

@@ -74,8 +74,13 @@ Value convert(PyObject* o) {
   } else if (PyUnicode_Check(o)) {
     v.text = PyUnicode_AsUTF8(o);
   } else if (PyList_Check(o) || PyTuple_Check(o)) {
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(o); ++i)
-      v.flags.push_back(PyObject_IsTrue(PySequence_Fast_GET_ITEM(o, i)) == 1);
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(o); ++i) {
+      PyObject* item = PySequence_Fast_GET_ITEM(o, i);
+      if (PyBool_Check(item))
+        v.flags.push_back(item == Py_True);
+      else
+        v.tensors.push_back(view(item));
+    }
   } else {
     v.tensor = view(o);
   }

@@ -41,7 +41,7 @@ struct Tensor {
   }
 };
 
-// One argument as it comes from Python: tensor, None, int, float, bool, str or list of bool.
+// One argument as it comes from Python: tensor, None, int, float, bool, str, list of bool or of tensors.
 struct Value {
   Tensor tensor;
   int64_t integer = 0;
@@ -49,6 +49,7 @@ struct Value {
   bool none = false;
   std::string text;
   std::vector<bool> flags;
+  std::vector<Tensor> tensors;
 };
 
 // `Optional` int: an int argument that may be None.
@@ -71,6 +72,8 @@ template <>
 inline std::string get(const Value& v) { return v.text; }
 template <>
 inline std::vector<bool> get(const Value& v) { return v.flags; }
+template <>
+inline std::vector<Tensor> get(const Value& v) { return v.tensors; }
 template <>
 inline OptionalInt get(const Value& v) { return {!v.none, v.integer}; }
 

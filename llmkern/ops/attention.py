@@ -121,6 +121,7 @@ class ATTENTION(Op):
 
     name = "attention"
     family = "attention"
+    lowers = True
     source = (
         "Vaswani et al. 2017, Attention Is All You Need, arXiv:1706.03762, eq. 1; "
         "Dao 2023, FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2"
@@ -307,6 +308,18 @@ class ATTENTION(Op):
         for b, h, s, d in ((8, 6, 256, 64), (4, 12, 1024, 64), (1, 12, 2048, 64), (1, 8, 2048, 128)):
             qkv = make(b, s, 3, h, d).permute(2, 0, 3, 1, 4)
             yield Sample(f"{b}x{h}x{s}x{d} causal", tuple(qkv), {"is_causal": True})
+
+    @staticmethod
+    def variants(make: Make) -> Iterator[Sample]:
+        for dim in (16, 32, 256):
+            qkv = tuple(make(2, heads, 1024, dim) for heads in (4, 2, 2))
+            yield Sample(f"head dim {dim}, causal", qkv, {"is_causal": True})
+        for dim in (64, 128, 256):
+            qkv = tuple(make(2, 4, 1024, dim) for _ in range(3))
+            yield Sample(f"head dim {dim}, float mask", qkv, {"attn_mask": make(1024, 1024)})
+        qkv = tuple(make(2, 4, 1024, 64) for _ in range(3))
+        yield Sample("not causal", qkv, {})
+        yield Sample("bool mask", qkv, {"attn_mask": make.integers(2, 2, 1, 1, 1024) == 1})
 
     @staticmethod
     def condition(query, key, value, attn_mask=None, is_causal=False, scale=None, **kwargs) -> float:

@@ -7,7 +7,7 @@ reference runs, and says why once.  Nothing falls back silently.
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -118,9 +118,18 @@ def find(op: "Op", half: str, backend: str) -> Callable[..., None] | str:
     return getattr(module, name, f"kernels/{op.family}.py has no {name}")
 
 
+def tensors(args: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among arguments, those in lists too."""
+    for a in args:
+        if isinstance(a, Tensor):
+            yield a
+        elif isinstance(a, list) and a and isinstance(a[0], Tensor):
+            yield from a
+
+
 def choose(op: "Op", half: str, args: tuple) -> tuple[str, Callable[..., None] | None, str | None]:
     """(backend, kernel, None) that will run, or ("reference", None, why not the fast one)."""
-    device = next(a.device.type for a in args if isinstance(a, Tensor))
+    device = next(tensors(args)).device.type
     backend = _forced or FAST.get(device)
     if backend is None:
         return "reference", None, f"there are no fast kernels for device {device!r}"
@@ -129,7 +138,7 @@ def choose(op: "Op", half: str, args: tuple) -> tuple[str, Callable[..., None] |
     kernel = find(op, half, backend)
     if isinstance(kernel, str):
         return "reference", None, kernel
-    if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args):
+    if any(t.dtype == torch.float64 for t in tensors(args)):
         return "reference", None, "float64 has no fast kernel; use float32, bfloat16 or float16"
     reason = (op.refuse if half == "fwd" else op.refuse_bwd)(backend.partition(":")[0], *args)
     return ("reference", None, reason) if reason else (backend, kernel, None)
@@ -149,7 +158,10 @@ def make_kernel(op: "Op", half: str) -> Callable[..., Any]:
                 fall_back(f"llmkern::{op.name}_{half}", reason)
             return reference(*args)
         outs = outputs(*args)
-        fast(*args, *(outs if isinstance(outs, tuple) else (outs,)))
+        if outs is None:  # the op writes to its arguments
+            fast(*args)
+        else:
+            fast(*args, *(outs if isinstance(outs, tuple) else (outs,)))
         return outs
 
     return kernel
@@ -159,7 +171,8 @@ def implementations(op: "Op") -> dict[str, str]:
     """For each backend "yes", or why the op cannot run on it here."""
     table = {"reference": "yes"}
     for backend in ("cpp", "triton"):
-        reasons = [k for half in ("fwd", "bwd") if isinstance(k := find(op, half, backend), str)]
+        halves = ("fwd", "bwd") if op.gradients else ("fwd",)
+        reasons = [k for half in halves if isinstance(k := find(op, half, backend), str)]
         table[backend] = reasons[0] if reasons else "yes"
     if table["triton"] == "yes" and not torch.cuda.is_available():
         table["triton"] = "yes, when a GPU is there"

@@ -130,6 +130,7 @@ class FFN(Op):
 
     name = "ffn"
     family = "ffn"
+    lowers = True
     source = (
         "Vaswani et al. 2017, arXiv:1706.03762, eq. 2; "
         "gated: Shazeer 2020, GLU Variants Improve Transformer, arXiv:2002.05202, eq. 5 and 6"

@@ -202,3 +202,8 @@ class CROSS_ENTROPY(Op):
     def benchmarks(make: Make) -> Iterator[Sample]:
         for n, c in ((2048, 50257), (8192, 4096)):
             yield Sample(f"{n}x{c}", (make(n, c), make.integers(c, n)), {})
+
+    @staticmethod
+    def variants(make: Make) -> Iterator[Sample]:
+        args = make(64, 50257), make.integers(50257, 64), make(50257)
+        yield Sample("weight and smoothing", args, {"label_smoothing": 0.1})

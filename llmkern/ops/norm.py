@@ -145,6 +145,11 @@ class Norm(Op):
             yield Sample(f"{n}x{d}", (make(n, d), (d,), *params), {})
             yield Sample(f"{n}x{d} + residual", (make(n, d), (d,), *params), {"residual": make(n, d)})
 
+    @staticmethod
+    def variants(make: Make) -> Iterator[Sample]:
+        for width in (8192, 20000):  # the longest row that is one block, and one of several
+            yield Sample(f"64x{width}", (make(64, width), (width,), make(width)), {})
+
 
 @register
 class LAYER_NORM(Norm):

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import register_flop_formula
 
 from . import dispatch
+from .dispatch import tensors
 
 LIBRARY = torch.library.Library("llmkern", "DEF")
 OPS: dict[str, "Op"] = {}
@@ -36,9 +38,11 @@ class Sample(NamedTuple):
     kwargs: dict
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Sample":
-        """The same sample with `change` applied to every floating-point tensor."""
+        """The same sample with `change` applied to every floating-point tensor, also in lists."""
 
         def visit(value: Any) -> Any:
+            if isinstance(value, list):
+                return [visit(v) for v in value]
             return change(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
         return Sample(
@@ -89,7 +93,13 @@ class Op:
         public(...)                            the function that users call
         eager(...)                             the same by torch itself, with the same arguments
         samples(make), benchmarks(make)        arguments of `public`, ordinary and nasty; realistic
+        variants(make)                         further ones, that with `benchmarks` reach every variant
+                                               of the Triton kernels: compiled ahead of time, not run
         condition(*args, **kwargs)             S of the error rule (docs/numerics.md)
+
+    An op without `gradients` has no backward half: of the above it needs reference, outputs, flops,
+    public, eager, samples and benchmarks.  One that `mutates` arguments writes to them in place;
+    these have the same names in `public` and `eager`, and may be lists of tensors.
     """
 
     name: str
@@ -97,9 +107,11 @@ class Op:
     source: str
     constant: tuple[str, ...] = ()  # tensor arguments of `public` that have no gradient
     results: int = 1  # the first `results` outputs are the op's results, the others only saved
-    gradients: dict[str, int]  # forward argument -> index of its gradient among backward's outputs
+    gradients: dict[str, int] = {}  # forward argument -> index of its gradient among backward's outputs
+    mutates: tuple[str, ...] = ()  # arguments that forward writes to
+    lowers: bool = False  # computes in the autocast dtype, as torch's matrix products do
     fwd: Any  # torch.ops.llmkern.<name>_fwd.default, set by @register
-    bwd: Any
+    bwd: Any = None  # None without gradients
 
     @staticmethod
     def replay(*saved: Any) -> tuple:
@@ -119,6 +131,10 @@ class Op:
         return grad.contiguous()
 
     @staticmethod
+    def variants(make: Make) -> Iterator[Sample]:
+        yield from ()
+
+    @staticmethod
     def condition(*args: Any, **kwargs: Any) -> float:
         return 0.0
 
@@ -131,12 +147,12 @@ class Op:
 def register(cls: type[Op]) -> Op:
     """Put an op into the table: define its schemas, attach its kernels, make it differentiable."""
     op = cls()
-    for half, reference, outputs, flops in (
-        ("fwd", op.reference, op.outputs, op.flops),
-        ("bwd", op.reference_bwd, op.outputs_bwd, op.flops_bwd),
-    ):
+    halves = [("fwd", op.reference, op.outputs, op.flops, op.mutates)]
+    if op.gradients:
+        halves.append(("bwd", op.reference_bwd, op.outputs_bwd, op.flops_bwd, ()))
+    for half, reference, outputs, flops, mutates in halves:
         name = f"{op.name}_{half}"
-        LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=()))
+        LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=mutates))
         for key in ("CPU", "CUDA"):
             LIBRARY.impl(name, dispatch.make_kernel(op, half), key)
         LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
@@ -144,7 +160,7 @@ def register(cls: type[Op]) -> Op:
         packet = getattr(torch.ops.llmkern, name)
         setattr(op, half, packet.default)
         register_flop_formula(packet, get_raw=True)(_flop_formula(flops))
-    op.apply = _with_autograd(op)
+    op.apply = _with_autograd(op) if op.gradients else _without_autograd(op)
     OPS[op.name] = op
     return op
 
@@ -211,6 +227,20 @@ def _with_autograd(op: Op) -> Callable[..., Any]:
     return apply
 
 
+def _without_autograd(op: Op) -> Callable[..., Any]:
+    """The forward half, for ops of inference and of optimizers."""
+
+    def apply(*args):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors(args)):
+            raise RuntimeError(
+                f"{op.name} has no backward, and an argument requires a gradient; "
+                "call it under torch.no_grad() or with detached tensors"
+            )
+        return op.fwd(*args)
+
+    return apply
+
+
 def empty(x: Tensor) -> Tensor:
     """The 0-element tensor that stands for an output nobody wants."""
     return x.new_empty(0)
@@ -240,14 +270,14 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def nbytes(*values: Any) -> int:
     """Bytes of all the tensors among `values`, each counted once."""
-    return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
+    return sum(t.numel() * t.element_size() for t in tensors(values))
 
 
 def cost(op: Op, half: str, *args: Any) -> Cost:
     """FLOPs of one half of `op`, and the bytes of its inputs and outputs."""
     flops = op.flops if half == "fwd" else op.flops_bwd
     outputs = op.outputs if half == "fwd" else op.outputs_bwd
-    meta = [a.to("meta") if isinstance(a, Tensor) else a for a in args]
+    meta = tree_map_only(Tensor, lambda t: t.to("meta"), args)
     outs = outputs(*meta)
     return Cost(flops(*args), nbytes(*args) + nbytes(*(outs if isinstance(outs, tuple) else (outs,))))
 
@@ -259,6 +289,8 @@ def samples(op: Op, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> I
 
 def differentiable(op: Op, sample: Sample) -> list[Tensor]:
     """The tensors among a sample's arguments that can have a gradient."""
+    if not op.gradients:
+        return []
     bound = inspect.signature(op.public).bind(*sample.args, **sample.kwargs).arguments
     return [
         v for name, v in bound.items()
