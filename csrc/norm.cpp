@@ -1,119 +1,169 @@
-// layer_norm and rms_norm, with an optional residual add.  One row at a time: it stays in the first
-// cache, so memory is read once and written once; statistics in float, two passes over the cached row.
+// layer_norm and rms_norm, with an optional residual add.
 //
 //   y = (h - mean) * rstd * weight + bias,   h = x + residual,   rms_norm: mean = 0, bias = 0
 //
 // Backward, with n = (h - mean) * rstd and g = dy * weight:
 //   dx = rstd * (g - avg(g) - n * avg(g * n)) + dh,   dweight = Σ_rows dy * n,   dbias = Σ_rows dy
+//
+// Memory is the limit: a row is read once and stays in the first cache for its two or three passes.
+// Backward takes four rows together, so that the sums of dweight and dbias cross the cache once for four
+// elements, and 16 chains of additions run beside each other.
 
 #include <algorithm>
-#include <memory>
+#include <type_traits>
 
+#include "buffer.h"
 #include "simd.h"
 #include "threads.h"
 
 namespace llmkern {
 namespace {
 
-constexpr int64_t kBlock = 32;  // rows a task; fixed, so that sums do not depend on the thread count
+constexpr int64_t kBlock = 32;   // rows a task; fixed, so that sums do not depend on the thread count
+constexpr int64_t kGroups = 64;  // most parts of the rows whose dweight and dbias are summed apart
+constexpr int kTogether = 4;     // rows of backward
+constexpr std::integral_constant<int, W> kWhole{};
 
-// A weight or bias: dtype T of x, or float.  Absent: a constant.
-template <class T>
-struct Param {
-  const T* narrow;
-  const float* wide;
-  float absent;
-  Param(const Tensor& t, float absent)
-      : narrow(t && t.dtype != DType::f32 ? t.as<T>() : nullptr),
-        wide(t && t.dtype == DType::f32 ? t.as<float>() : nullptr),
-        absent(absent) {}
-  Vec at(int64_t i, int n) const {
-    return wide ? load(wide + i, n) : narrow ? load(narrow + i, n) : set(absent);
-  }
-};
+// f(i, n) for each vector of a row; for whole ones n is a constant, so that their masks vanish.
+template <class F>
+void each_vector(int64_t width, const F& f) {
+  int64_t i = 0;
+  for (; i + W <= width; i += W) f(i, kWhole);
+  if (i < width) f(i, static_cast<int>(width - i));
+}
 
-int lanes(int64_t i, int64_t width) { return static_cast<int>(std::min<int64_t>(W, width - i)); }
-
-// Σ f(i, lanes) over a row, in four sums so that additions need not wait for each other.
+// Σ f(i, n) over a row, in four sums so that additions need not wait for each other.
 template <class F>
 float row_sum(int64_t width, const F& f) {
   Vec s[4] = {};
   int64_t i = 0;
   for (; i + 4 * W <= width; i += 4 * W)
-    for (int k = 0; k < 4; ++k) s[k] += f(i + k * W, W);
-  for (; i < width; i += W) s[0] += keep_first(f(i, lanes(i, width)), lanes(i, width), 0.0f);
+    for (int k = 0; k < 4; ++k) s[k] += f(i + k * W, kWhole);
+  for (; i + W <= width; i += W) s[0] += f(i, kWhole);
+  const int rest = static_cast<int>(width - i);
+  if (rest) s[1] += keep_first(f(i, rest), rest, 0.0f);
   return sum((s[0] + s[1]) + (s[2] + s[3]));
 }
+
+// A weight or bias as floats; absent: a constant.
+class Param {
+ public:
+  Param(const Tensor& t, int64_t width, float absent)
+      : own_(t && t.dtype == DType::f32 ? 0 : (width + W) * sizeof(float)),
+        data(t && t.dtype == DType::f32 ? t.as<float>() : own_.as<float>()) {
+    float* to = own_.as<float>();
+    if (!t) {
+      std::fill_n(to, width, absent);
+    } else if (data == to) {
+      with_type(t.dtype, [&](auto type) {
+        const auto* from = t.as<decltype(type)>();
+        each_vector(width, [&](int64_t i, auto n) { store(to + i, load(from + i, n)); });
+      });
+    }
+  }
+
+ private:
+  Buffer own_;
+
+ public:
+  const float* const data;
+};
 
 template <bool centered, class T>
 void forward(const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias,
              const Tensor& y, const Tensor& h, const Tensor& mean, const Tensor& rstd, float eps) {
   const int64_t rows = x.size[0], width = x.size[1];
-  const Param<T> w(weight, 1.0f), b(bias, 0.0f);
+  const Param weights(weight, width, 1.0f), biases(bias, width, 0.0f);
+  const float *w = weights.data, *b = biases.data;
   parallel_for((rows + kBlock - 1) / kBlock, false, [&](int64_t block) {
-    for (int64_t n = block * kBlock; n < std::min(rows, (block + 1) * kBlock); ++n) {
-      const T* row = x.as<T>() + n * width;
+    for (int64_t r = block * kBlock; r < std::min(rows, (block + 1) * kBlock); ++r) {
+      const T* row = x.as<T>() + r * width;
       if (residual) {
-        const T* r = residual.as<T>() + n * width;
-        T* sum_row = h.as<T>() + n * width;
-        for (int64_t i = 0; i < width; i += W) {
-          const int k = lanes(i, width);
-          store(sum_row + i, load(row + i, k) + load(r + i, k), k);
-        }
-        row = sum_row;
+        const T* from = residual.as<T>() + r * width;
+        T* to = h.as<T>() + r * width;
+        each_vector(width, [&](int64_t i, auto n) { store(to + i, load(row + i, n) + load(from + i, n), n); });
+        row = to;
       }
-      const auto at = [&](int64_t i, int k) { return load(row + i, k); };
       float m = 0;
-      if constexpr (centered) m = row_sum(width, at) / width;
-      const float square = row_sum(width, [&](int64_t i, int k) {
-        const Vec d = at(i, k) - m;
+      if constexpr (centered) {
+        m = row_sum(width, [&](int64_t i, auto n) { return load(row + i, n); }) / width;
+        mean.as<float>()[r] = m;
+      }
+      const float square = row_sum(width, [&](int64_t i, auto n) {
+        const Vec d = load(row + i, n) - m;
         return d * d;
       });
-      const float scale = 1.0f / std::sqrt(square / width + eps);
-      if constexpr (centered) mean.as<float>()[n] = m;
-      rstd.as<float>()[n] = scale;
-      T* out = y.as<T>() + n * width;
-      for (int64_t i = 0; i < width; i += W) {
-        const int k = lanes(i, width);
-        store(out + i, fma((at(i, k) - m) * scale, w.at(i, k), b.at(i, k)), k);
-      }
+      const float scale = rstd.as<float>()[r] = 1.0f / std::sqrt(square / width + eps);
+      T* out = y.as<T>() + r * width;
+      each_vector(width, [&](int64_t i, auto n) {
+        store(out + i, fma((load(row + i, n) - m) * scale, load(w + i, n), load(b + i, n)), n);
+      });
     }
   });
 }
 
-// Rows of `block` into its partial sums of dweight and dbias, (2, width); dx on the way.
-template <bool centered, class T>
-void backward_block(int64_t first, int64_t last, int64_t width, const Tensor& dy, const Tensor& dh,
-                    const Tensor& h, const Param<T>& w, const float* mean, const float* rstd,
-                    const Tensor& dx, float* dweight, float* dbias) {
-  for (int64_t n = first; n < last; ++n) {
-    const T *g_row = dy.as<T>() + n * width, *h_row = h.as<T>() + n * width;
-    const float m = centered ? mean[n] : 0.0f, scale = rstd[n];
-    const auto normal = [&](int64_t i, int k) { return (load(h_row + i, k) - m) * scale; };
-    if (dweight)
-      for (int64_t i = 0; i < width; i += W) {
-        const int k = lanes(i, width);
-        const Vec g = load(g_row + i, k);
-        store(dweight + i, fma(g, normal(i, k), load(dweight + i, k)), k);
-        if (centered) store(dbias + i, load(dbias + i, k) + g, k);
-      }
-    if (!dx) continue;
-    const auto g = [&](int64_t i, int k) { return load(g_row + i, k) * w.at(i, k); };
-    const float avg_gn = row_sum(width, [&](int64_t i, int k) { return g(i, k) * normal(i, k); }) / width;
-    const float avg_g = centered ? row_sum(width, g) / width : 0.0f;
-    T* out = dx.as<T>() + n * width;
-    const T* extra = dh ? dh.as<T>() + n * width : nullptr;
-    for (int64_t i = 0; i < width; i += W) {
-      const int k = lanes(i, width);
-      Vec d = (g(i, k) - avg_g - normal(i, k) * avg_gn) * scale;
-      if (extra) d += load(extra + i, k);
-      store(out + i, d, k);
+// What backward reads and writes, as (rows, width); dh and dx may be null.
+template <class T>
+struct Rows {
+  const T *dy, *dh, *h;
+  const float *weight, *mean, *rstd;
+  T* dx;
+  int64_t width;
+};
+
+// Rows first .. first + count - 1 into the sums dweight and dbias (null: not wanted); dx on the way.
+template <bool centered, int count, class T>
+void backward_rows(const Rows<T>& t, int64_t first, float* dweight, float* dbias) {
+  const T *dy[count], *h[count];
+  float m[count], scale[count];
+  Vec sum_g[count] = {}, sum_gn[count] = {};
+  for (int r = 0; r < count; ++r) {
+    dy[r] = t.dy + (first + r) * t.width;
+    h[r] = t.h + (first + r) * t.width;
+    m[r] = centered ? t.mean[first + r] : 0.0f;
+    scale[r] = t.rstd[first + r];
+  }
+  each_vector(t.width, [&](int64_t i, auto n) {
+    const Vec w = load(t.weight + i, n);
+    Vec dw = dweight ? load(dweight + i, n) : Vec{}, db = dbias ? load(dbias + i, n) : Vec{};
+    for (int r = 0; r < count; ++r) {
+      const Vec d = load(dy[r] + i, n), normal = (load(h[r] + i, n) - m[r]) * scale[r], g = d * w;
+      dw = fma(d, normal, dw);
+      db += d;
+      sum_gn[r] += keep_first(g * normal, n, 0.0f);  // past the row `normal` may be infinite
+      if (centered) sum_g[r] += g;
     }
+    if (dweight) store(dweight + i, dw, n);
+    if (dbias) store(dbias + i, db, n);
+  });
+  if (!t.dx) return;
+  for (int r = 0; r < count; ++r) {
+    const float avg_gn = sum(sum_gn[r]) / t.width, avg_g = centered ? sum(sum_g[r]) / t.width : 0.0f;
+    T* dx = t.dx + (first + r) * t.width;
+    const T* dh = t.dh ? t.dh + (first + r) * t.width : nullptr;
+    each_vector(t.width, [&](int64_t i, auto n) {
+      const Vec g = load(dy[r] + i, n) * load(t.weight + i, n), normal = (load(h[r] + i, n) - m[r]) * scale[r];
+      const Vec d = (g - avg_g - normal * avg_gn) * scale[r];
+      store(dx + i, dh ? d + load(dh + i, n) : d, n);
+    });
   }
 }
 
-void store_param(const Tensor& to, int64_t i, Vec x, int n) {
-  with_type(to.dtype, [&](auto t) { store(to.as<decltype(t)>() + i, x, n); });
+// The sums of `groups` parts, (groups, 2, width), in order, into dweight and dbias.
+void add_parts(const float* parts, int64_t groups, int64_t width, const Tensor& dweight, const Tensor& dbias) {
+  constexpr int64_t step = 8 * W;
+  parallel_for((width + step - 1) / step, false, [&](int64_t part) {
+    for (int64_t i = part * step; i < std::min(width, (part + 1) * step); i += W) {
+      const int n = static_cast<int>(std::min<int64_t>(W, width - i));
+      const Tensor* to[] = {&dweight, &dbias};
+      for (int k = 0; k < 2; ++k) {
+        if (!*to[k]) continue;
+        Vec total{};
+        for (int64_t group = 0; group < groups; ++group) total += load(parts + (2 * group + k) * width + i, n);
+        with_type(to[k]->dtype, [&](auto t) { store(to[k]->template as<decltype(t)>() + i, total, n); });
+      }
+    }
+  });
 }
 
 template <bool centered, class T>
@@ -121,27 +171,22 @@ void backward(const Tensor& dy, const Tensor& dh, const Tensor& h, const Tensor&
               const Tensor& mean, const Tensor& rstd, const Tensor& dx, const Tensor& dweight,
               const Tensor& dbias) {
   const int64_t rows = h.size[0], width = h.size[1];
-  const int64_t blocks = (rows + kBlock - 1) / kBlock, groups = std::min<int64_t>(blocks, 64);
-  const bool params = dweight || dbias;
-  const Param<T> w(weight, 1.0f);
-  std::unique_ptr<float[]> partial(params ? new float[groups * 2 * width]() : nullptr);
-  parallel_for(groups, false, [&](int64_t group) {  // 64 groups however many threads: same bits
-    float* own = params ? partial.get() + group * 2 * width : nullptr;
-    for (int64_t b = group * blocks / groups; b < (group + 1) * blocks / groups; ++b)
-      backward_block<centered, T>(b * kBlock, std::min(rows, (b + 1) * kBlock), width, dy, dh, h, w,
-                                  mean.as<float>(), rstd.as<float>(), dx, own, own ? own + width : nullptr);
+  const int64_t blocks = (rows + kBlock - 1) / kBlock, groups = std::min(blocks, kGroups);
+  const Param weights(weight, width, 1.0f);
+  const Rows<T> t{dy.as<T>(), dh.as<T>(), h.as<T>(), weights.data, mean.as<float>(), rstd.as<float>(),
+                  dx.as<T>(), width};
+  const Buffer parts((dweight || dbias ? groups * 2 * width : 0) * sizeof(float));
+  parallel_for(groups, false, [&](int64_t group) {  // the same groups for any number of threads
+    float* own = parts.as<float>() + group * 2 * width;
+    float *dw = dweight ? own : nullptr, *db = dbias ? own + width : nullptr;
+    if (dw) std::fill_n(dw, width, 0.0f);
+    if (db) std::fill_n(db, width, 0.0f);
+    const int64_t last = std::min(rows, (group + 1) * blocks / groups * kBlock);
+    int64_t r = group * blocks / groups * kBlock;
+    for (; r + kTogether <= last; r += kTogether) backward_rows<centered, kTogether>(t, r, dw, db);
+    for (; r < last; ++r) backward_rows<centered, 1>(t, r, dw, db);
   });
-  if (!params) return;
-  for (int64_t i = 0; i < width; i += W) {
-    const int k = lanes(i, width);
-    Vec sw{}, sb{};
-    for (int64_t group = 0; group < groups; ++group) {
-      sw += load(partial.get() + group * 2 * width + i, k);
-      sb += load(partial.get() + (group * 2 + 1) * width + i, k);
-    }
-    if (dweight) store_param(dweight, i, sw, k);
-    if (dbias) store_param(dbias, i, sb, k);
-  }
+  if (dweight || dbias) add_parts(parts.as<float>(), groups, width, dweight, dbias);
 }
 
 }  // namespace
