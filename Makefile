@@ -18,7 +18,7 @@ sys.exit(None if v in ("3.10", "3.11", "3.12", "3.13") else \
 "llmkern needs Python 3.10 to 3.13, and $(PYTHON) is " + v + "; choose another: make PYTHON=python3.12")
 endef
 
-.PHONY: help demo test bench lint prove clean
+.PHONY: help demo test bench docs lint prove clean
 help:                     ## list the targets
 	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST)
 demo: .venv/installed     ## train a small GPT with and without the kernels, and compare
@@ -29,6 +29,8 @@ bench: .venv/installed    ## time every op against PyTorch
 	PYTHONSAFEPATH= $(BIN)/python -m benchmarks
 prove: .venv/installed    ## the tests that take minutes
 	$(BIN)/pytest -m slow
+docs: .venv/installed     ## make docs/ops.md from the op table
+	$(BIN)/python -m llmkern.ops.page docs/ops.md
 lint: .venv/linter        ## style
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
