@@ -30,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
     facts.add_row("threads", str(torch.get_num_threads()))
     facts.add_row("C++ kernels", _cpp())
     facts.add_row("GPU", _gpu())
-    console.print(facts, "", _ops_table(), sep="\n")
+    console.print(facts, "")
+    _show_ops(console)
     if args.ops:
         _describe_ops(console)
     return 0
@@ -71,14 +72,18 @@ def _gpu() -> str:
     return f"{'; '.join(names)}; {platform_name}"
 
 
-def _ops_table() -> Table:
+def _show_ops(console: Console) -> None:
+    """Which op has which implementation here, and below once for each backend why not."""
     table = Table(title="Ops and their implementations here", title_justify="left")
     for name in ("op", *BACKENDS):
         table.add_column(name)
+    reasons: dict[str, None] = {}
     for op in OPS.values():
         kernels = implementations(op)
-        table.add_row(op.name, *(kernels[backend] for backend in BACKENDS))
-    return table
+        states = (kernels[backend] for backend in BACKENDS)
+        table.add_row(op.name, *(state if state.startswith("yes") else "no" for state in states))
+        reasons |= dict.fromkeys(f"{b}: {k}" for b, k in kernels.items() if not k.startswith("yes"))
+    console.print(table, *reasons, sep="\n")
 
 
 def _describe_ops(console: Console) -> None:
