@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from llmkern.ops import empty_cache
+
 Call = Callable[[], Any]
 L2_BYTES = 256 * 2**20  # written between calls to empty a GPU's L2 cache; larger than any
 MAX_CALLS = 1000  # in one measurement, however short the call
@@ -123,6 +125,7 @@ def _resident_rise(call: Call) -> int | None:
     reset = Path("/proc/self/clear_refs")
     try:
         ctypes.CDLL(None).malloc_trim(0)  # memory that free() kept would be used again unseen
+        empty_cache()  # and what llmkern keeps
         reset.write_text("5")  # sets the peak back to the present
     except (OSError, AttributeError):
         return None

@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include "dlpack.h"
+#include "pool.h"
 #include "tensor.h"
 
 namespace py = pybind11;
@@ -98,6 +100,38 @@ void run(const Kernel& kernel, const py::args& args) {
   kernel.call(values.data());
 }
 
+// An uninitialised tensor in memory of the pool, as a DLPack capsule; it goes back when the tensor dies.
+py::object empty(const py::object& like) {
+  const Tensor t = view(like.ptr());
+  struct Owner {
+    DLManagedTensor managed;
+    int64_t size[Tensor::max_dims], stride[Tensor::max_dims];
+    size_t bytes;
+  };
+  auto* owner = new Owner{};
+  owner->bytes = t.bytes();
+  DLTensor& tensor = owner->managed.dl_tensor;
+  tensor.data = Pool::shared().take(owner->bytes);
+  tensor.device = {kDLCPU, 0};
+  tensor.ndim = t.dims;
+  tensor.dtype = t.dtype == DType::bf16 ? DLDataType{kDLBfloat, 16, 1}
+                                        : DLDataType{kDLFloat, uint8_t(t.dtype == DType::f32 ? 32 : 16), 1};
+  tensor.shape = std::copy_n(t.size, t.dims, owner->size) - t.dims;
+  tensor.strides = std::copy_n(t.stride, t.dims, owner->stride) - t.dims;
+  owner->managed.manager_ctx = owner;
+  owner->managed.deleter = [](DLManagedTensor* self) {
+    auto* o = static_cast<Owner*>(self->manager_ctx);
+    Pool::shared().give(self->dl_tensor.data, o->bytes);
+    delete o;
+  };
+  // a consumer renames the capsule and owns the tensor from then on
+  return steal(PyCapsule_New(&owner->managed, "dltensor", [](PyObject* capsule) {
+    if (!PyCapsule_IsValid(capsule, "dltensor")) return;
+    auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    managed->deleter(managed);
+  }));
+}
+
 }  // namespace
 }  // namespace llmkern
 
@@ -105,4 +139,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "C++ kernels of llmkern for one CPU instruction set";
   for (const llmkern::Kernel& kernel : llmkern::kernels())
     m.def(kernel.name, [kernel](const py::args& args) { llmkern::run(kernel, args); });
+  m.def("empty", &llmkern::empty);
+  m.def("pool_limit", [](size_t bytes) { llmkern::Pool::shared().limit(bytes); });
+  m.def("pool_release", [] { llmkern::Pool::shared().release(0); });
+  m.def("pool_kept", [] { return llmkern::Pool::shared().kept(); });
 }

@@ -39,6 +39,12 @@ struct Tensor {
     for (int i = 0; i < dims; ++i) n *= size[i];
     return n;
   }
+  // of a tensor without gaps
+  size_t bytes() const {
+    const size_t each = dtype == DType::f32 || dtype == DType::i32 ? 4 : dtype == DType::f64 || dtype == DType::i64 ? 8
+                        : dtype == DType::bf16 || dtype == DType::f16 ? 2 : 1;
+    return static_cast<size_t>(count()) * each;
+  }
 };
 
 // One argument as it comes from Python: tensor, None, int, float, bool, str, list of bool or of tensors.

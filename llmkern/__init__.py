@@ -1,10 +1,21 @@
 """llmkern: get a PyTorch GPT past the hardware wall it hits."""
 
 from . import models, nn, ops
-from .ops import set_fallback, use
+from .ops import empty_cache, set_fallback, use
 from .ops.explain import explain
 from .swap import restore_, swap_, swapped
 
-__all__ = ["explain", "models", "nn", "ops", "restore_", "set_fallback", "swap_", "swapped", "use"]
+__all__ = [
+    "empty_cache",
+    "explain",
+    "models",
+    "nn",
+    "ops",
+    "restore_",
+    "set_fallback",
+    "swap_",
+    "swapped",
+    "use",
+]
 
 __version__ = "0.1.0"

@@ -4,6 +4,7 @@ from .attention import attention
 from .dispatch import FallbackError, FallbackWarning, implementations, set_fallback, use
 from .ffn import ffn
 from .loss import cross_entropy
+from .memory import cached_bytes, empty_cache
 from .norm import layer_norm, rms_norm
 from .op import OPS
 
@@ -12,7 +13,9 @@ __all__ = [
     "FallbackError",
     "FallbackWarning",
     "attention",
+    "cached_bytes",
     "cross_entropy",
+    "empty_cache",
     "ffn",
     "implementations",
     "layer_norm",

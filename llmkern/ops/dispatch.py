@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _cpu
+from .memory import pooled
 
 if TYPE_CHECKING:
     from .op import Op
@@ -157,12 +158,12 @@ def make_kernel(op: "Op", half: str) -> Callable[..., Any]:
             if reason is not None:
                 fall_back(f"llmkern::{op.name}_{half}", reason)
             return reference(*args)
-        outs = outputs(*args)
-        if outs is None:  # the op writes to its arguments
-            fast(*args)
-        else:
-            fast(*args, *(outs if isinstance(outs, tuple) else (outs,)))
-        return outs
+        outs = outputs(*args)  # None if the op only writes to its arguments
+        made = outs if isinstance(outs, tuple) else () if outs is None else (outs,)
+        if backend.startswith("cpp"):
+            made = tuple(map(pooled, made))
+        fast(*args, *made)
+        return made if isinstance(outs, tuple) else made[0] if made else None
 
     return kernel
 
