@@ -34,6 +34,7 @@ class Rule(NamedTuple):
         refuse: why a module of class `was` has to be left alone, or None.
         note: what torch will still compute in it, or None.
         concerns: whether a module of class `was` is one at all (for classes used for many things).
+        absorbs: whether its kernel does the work of its linears, which then stay as they are.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class Rule(NamedTuple):
     refuse: Callable[[nn.Module], str | None] = _nothing
     note: Callable[[nn.Module], str | None] = _nothing
     concerns: Callable[[nn.Module], bool] = lambda module: True
+    absorbs: bool = False
 
 
 def _refuse_attention(module: nn.Module) -> str | None:
@@ -54,6 +56,11 @@ def _note_attention(module: nn.Module) -> str | None:
     if module.dropout == 0:
         return None
     return f"while training, torch computes the attention because of its dropout {module.dropout}"
+
+
+def _refuse_linear(module: nn.Linear) -> str | None:
+    device = module.weight.device.type
+    return None if device == "cpu" else f"it is on {device}, where torch's own matrix product is at the limit"
 
 
 def _refuse_sequential(module: nn.Sequential) -> str | None:
@@ -82,16 +89,20 @@ RULES = [
     Rule("norm", nn.LayerNorm, kernel_nn.LayerNorm),
     Rule("norm", nn.RMSNorm, kernel_nn.RMSNorm),
     Rule("norm", plain.Block, kernel_nn.Block),
-    Rule("ffn", plain.MLP, kernel_nn.MLP),
-    Rule("ffn", plain.GatedMLP, kernel_nn.GatedMLP),
+    Rule("ffn", plain.MLP, kernel_nn.MLP, absorbs=True),
+    Rule("ffn", plain.GatedMLP, kernel_nn.GatedMLP, absorbs=True),
     Rule("loss", nn.CrossEntropyLoss, kernel_nn.CrossEntropyLoss),
     Rule(
         "ffn", nn.Sequential, kernel_nn.SequentialFFN,
-        refuse=_refuse_sequential, note=_note_sequential, concerns=looks_like_ffn,
+        refuse=_refuse_sequential, note=_note_sequential, concerns=looks_like_ffn, absorbs=True,
     ),
     Rule(
         "ffn", nn.TransformerEncoderLayer, kernel_nn.TransformerEncoderLayer,
-        note=_note_encoder,
+        note=_note_encoder, absorbs=True,
+    ),
+    Rule(
+        "linear", nn.Linear, kernel_nn.Linear,
+        refuse=_refuse_linear, concerns=lambda module: type(module) is nn.Linear,
     ),
     Rule(
         "attention", nn.MultiheadAttention, kernel_nn.MultiheadAttention,
@@ -110,6 +121,7 @@ def swap_(
     ffn: bool = True,
     norm: bool = True,
     loss: bool | str = "auto",
+    linear: bool = True,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     strict: bool = False,
 ) -> Report:
@@ -125,6 +137,7 @@ def swap_(
             linear.
         norm: swap LayerNorm, RMSNorm, and Block (for the add inside the norm).
         loss: swap CrossEntropyLoss; "auto" does so where the model has one, True warns if it has none.
+        linear: swap each Linear on a CPU that is no part of the above.
         filter_fn: called with (module, path); only modules for which it is true are swapped.
         strict: raise if anything that could be swapped has to be left alone.
 
@@ -140,15 +153,21 @@ def swap_(
     """
     if loss not in (True, False, "auto"):
         raise ValueError(f"swap_: loss is {loss!r}, expected True, False or 'auto'")
-    kinds = {"attention": attention, "ffn": ffn, "norm": norm, "loss": bool(loss)}
-    report, classes = Report(), {}
+    kinds = {"attention": attention, "ffn": ffn, "norm": norm, "loss": bool(loss), "linear": linear}
+    report, classes, absorbed = Report(), {}, set()
     for path, module in model.named_modules():
         rule = _find(module)
+        if _absorbs(type(module)):
+            absorbed.update(module.children())
         if rule is None or not kinds[rule.kind] or (filter_fn is not None and not filter_fn(module, path)):
+            continue
+        if rule.kind == "linear" and module in absorbed:
             continue
         reason = _why_left(module, rule)
         if reason is None:
             classes[module] = rule.now
+            if rule.absorbs:
+                absorbed.update(module.children())
         note = reason or rule.note(module) or ""
         report.entries.append(Entry(path, _name(module), None if reason else _name(rule.now), note))
     if strict and report.left:
@@ -190,6 +209,10 @@ def _find(module: nn.Module) -> Rule | None:
             if cls is rule.was:
                 return rule if rule.concerns(module) else None
     return None
+
+
+def _absorbs(cls: type) -> bool:
+    return any(cls is rule.now and rule.absorbs for rule in RULES)
 
 
 def _why_left(module: nn.Module, rule: Rule) -> str | None:

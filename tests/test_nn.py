@@ -227,6 +227,11 @@ def test_mlp(activation):
     agree(llmkern.nn.MLP(16, None, activation, bias=False), plain.MLP, inputs(7, 16))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(bias):
+    agree(llmkern.nn.Linear(24, 37, bias), nn.Linear, inputs(2, 5, 24))
+
+
 @pytest.mark.parametrize("activation", ["swiglu", "geglu", "reglu"])
 def test_gated_mlp(activation):
     agree(llmkern.nn.GatedMLP(24, None, activation), plain.GatedMLP, inputs(2, 5, 24))
@@ -263,6 +268,7 @@ def test_block():
 
 
 BUILD = {
+    "Linear": lambda: (llmkern.nn.Linear(16, 40), torch.randn(2, 5, 16)),
     "LayerNorm": lambda: (llmkern.nn.LayerNorm(16), torch.randn(2, 5, 16)),
     "RMSNorm": lambda: (llmkern.nn.RMSNorm(16), torch.randn(2, 5, 16)),
     "CrossEntropyLoss": lambda: (llmkern.nn.CrossEntropyLoss(), torch.randn(9, 11), torch.arange(9)),

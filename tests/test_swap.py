@@ -154,7 +154,7 @@ def test_optimizer_made_before_trains_the_swapped_model(model, batch):
 
 
 def test_kinds_and_filter(model):
-    report = llmkern.swap_(model, attention=False, ffn=False, loss=False)
+    report = llmkern.swap_(model, attention=False, ffn=False, loss=False, linear=False)
     assert {e.was for e in report.changed} == {"torch.nn.LayerNorm", "torch.nn.RMSNorm"}
     report = llmkern.swap_(model, filter_fn=lambda module, path: path.startswith("encoder.layers.1"))
     assert {e.path for e in report.changed} == {"encoder.layers.1", "encoder.layers.1.self_attn"}
@@ -192,8 +192,8 @@ def test_tells_what_torch_still_computes():
 
 
 def test_nothing_to_swap_warns():
-    with pytest.warns(NoEffectWarning, match="nothing in Linear was swapped"):
-        assert llmkern.swap_(nn.Linear(3, 3)).changed == []
+    with pytest.warns(NoEffectWarning, match="nothing in Conv1d was swapped"):
+        assert llmkern.swap_(nn.Conv1d(3, 3, 1)).changed == []
     with pytest.warns(NoEffectWarning, match="no CrossEntropyLoss"):
         llmkern.swap_(nn.LayerNorm(3), loss=True)
     with pytest.raises(ValueError, match="'fused'"):

@@ -120,7 +120,7 @@ def test_comparison_of_plain_and_swapped():
     comparison.measure(batches)
     assert told == [(0, 0), (1, 1), (2, 2)]
     assert comparison.largest_difference() < 1e-4
-    assert set(comparison.backends_by_op()) == {"attention", "cross_entropy", "ffn", "layer_norm"}
+    assert set(comparison.backends_by_op()) == {"attention", "cross_entropy", "ffn", "layer_norm", "linear"}
     assert all(run.peak_bytes > 0 for run in (comparison.plain, comparison.swapped))
     assert not any("llmkern.nn" in repr(type(m)) and ".plain" not in repr(type(m))
                    for m in comparison.plain.trainer.model.modules())  # fmt: skip

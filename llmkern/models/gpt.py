@@ -58,7 +58,7 @@ class GPT(nn.Module):
                 "ln_f": parts.LayerNorm(c.n_embd, bias=c.bias),
             }
         )
-        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        self.lm_head = parts.Linear(c.n_embd, c.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # Press, Wolf 2017, arXiv:1608.05859
         self.loss = parts.CrossEntropyLoss()
         self.apply(self._init_weights)

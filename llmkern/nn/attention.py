@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops.dispatch import fall_back
 from . import plain
+from .linear import Linear, linear
 
 
 class CausalSelfAttention(plain.CausalSelfAttention):
@@ -14,6 +15,8 @@ class CausalSelfAttention(plain.CausalSelfAttention):
 
     Dropping attention weights while training is left to torch.
     """
+
+    linear = Linear
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention of q, (B, H, T, D), on k and v, (B, H_kv, T, D); returns (B, H, T, D)."""
@@ -84,7 +87,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         else:
             out = out.transpose(1, 2).flatten(2)  # (B, L, E)
         out = out if batched else out[0]
-        return F.linear(out, self.out_proj.weight, self.out_proj.bias), None
+        return linear(out, self.out_proj.weight, self.out_proj.bias), None
 
     def _why_torch(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool) -> str | None:
         if need_weights:
@@ -99,12 +102,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         """Query, key and value after their linears; self-attention needs one product for all three."""
         if self._qkv_same_embed_dim:
             if query is key and key is value:
-                return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+                return linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
             weights = self.in_proj_weight.chunk(3)
         else:
             weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases))
+        return tuple(linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases))
 
     def _heads(self, x: Tensor, batched: bool) -> Tensor:
         """(B, L, E), (L, B, E) or (L, E) to (B, H, L, D), without a copy."""

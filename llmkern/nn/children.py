@@ -3,6 +3,8 @@
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .linear import Linear
+
 
 def hooked(module: nn.Module) -> bool:
     """Whether calling `module` does more than its class's forward: hooks, or a forward of its own."""
@@ -18,7 +20,7 @@ def hooked(module: nn.Module) -> bool:
 def must_call(**children: nn.Module) -> str | None:
     """Why these linears cannot be fused, or None: LoRA, quantisation, sharding and hooks live in them."""
     for name, child in children.items():
-        if type(child) is not nn.Linear:
+        if type(child) not in (nn.Linear, Linear):
             return f"{name} is a {type(child).__name__}, not a torch.nn.Linear"
         if hooked(child):
             return f"{name} has hooks or a forward of its own"

@@ -8,11 +8,11 @@ from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import CrossEntropyLoss, LayerNorm
+from torch.nn import CrossEntropyLoss, LayerNorm, Linear
 
 from ..ops.ffn import GATED
 
-__all__ = ["MLP", "Block", "CausalSelfAttention", "CrossEntropyLoss", "GatedMLP", "LayerNorm"]
+__all__ = ["MLP", "Block", "CausalSelfAttention", "CrossEntropyLoss", "GatedMLP", "LayerNorm", "Linear"]
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -45,6 +45,8 @@ class CausalSelfAttention(nn.Module):
         resid_dropout: Dropout of the output.
     """
 
+    linear = Linear  # the class of c_attn and c_proj
+
     def __init__(
         self, n_embd: int, n_head: int, n_kv_head: int | None = None, bias: bool = True, dropout: float = 0.0
     ) -> None:
@@ -60,8 +62,8 @@ class CausalSelfAttention(nn.Module):
             )
         self.n_head, self.n_kv_head, self.head_dim = n_head, n_kv_head, n_embd // n_head
         self.dropout = dropout
-        self.c_attn = nn.Linear(n_embd, (n_head + 2 * n_kv_head) * self.head_dim, bias)
-        self.c_proj = nn.Linear(n_embd, n_embd, bias)
+        self.c_attn = self.linear(n_embd, (n_head + 2 * n_kv_head) * self.head_dim, bias)
+        self.c_proj = self.linear(n_embd, n_embd, bias)
         self.resid_dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from .attention import attention
 from .dispatch import FallbackError, FallbackWarning, implementations, set_fallback, use
 from .ffn import ffn
+from .linear import linear
 from .loss import cross_entropy
 from .memory import cached_bytes, empty_cache
 from .norm import layer_norm, rms_norm
@@ -19,6 +20,7 @@ __all__ = [
     "ffn",
     "implementations",
     "layer_norm",
+    "linear",
     "rms_norm",
     "set_fallback",
     "use",
