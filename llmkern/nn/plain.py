@@ -68,8 +68,10 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over x, (B, T, C); returns (B, T, C)."""
-        heads = self.c_attn(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
-        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        heads = self.c_attn(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 H_kv, D)
+        # split before the transpose: then backward joins the gradients in one copy
+        parts = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
+        q, k, v = (part.transpose(1, 2) for part in parts)
         y = self.attend(q, k, v).transpose(1, 2).flatten(2)  # (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
