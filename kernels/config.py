@@ -65,6 +65,9 @@ GEMM = {
 GEMM_DEPTH = {2: 64, 4: 16}  # of the inner dimension in one step, by bytes of an element
 GEMM_GROUP = 8  # row blocks that run together and share columns in the L2 cache
 
+FFN_CHUNK = 8192  # rows whose hidden activations are there together, where they need not be kept
+DROP_BLOCK = 1024
+
 # rows of elements: norms, losses and sums
 NORM_ELEMENTS = 2048  # of one program: several short rows, or a part of a long one
 NORM_BLOCK = 8192  # the longest row that stays in registers

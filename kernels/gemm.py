@@ -10,14 +10,16 @@ from torch import Tensor
 
 from . import config
 from .launch import fit, launch
+from .philox import KEEP_ALL, Drop, dropped
 
 
 def gemm(
     a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None,
     a2: Tensor | None = None, b2: Tensor | None = None,
+    residual: Tensor | None = None, drop: Drop = KEEP_ALL,
 ) -> None:  # fmt: skip
-    """out = a b + a2 b2 + bias; a (M, K) and b (K, N) with any strides, out (M, N) contiguous, or
-    with 0 elements if nobody wants it.
+    """out = drop(a b + a2 b2 + bias) + residual; a (M, K) and b (K, N) with any strides, out and
+    residual (M, N) contiguous; out has 0 elements if nobody wants it.
 
     bias (N,) may be None; a2 and b2 are like a and b, or None.  Sums are kept in float32.
     """
@@ -29,7 +31,7 @@ def gemm(
         _gemm_kernel, a, (triton.cdiv(m, sizes[0]) * triton.cdiv(n, sizes[1]),),
         a, b, a2, b2, bias, out, m, n, k, *a.stride(), *b.stride(),
         *(a2.stride() if a2 is not None else (0, 0)), *(b2.stride() if b2 is not None else (0, 0)),
-        bias.stride(0) if bias is not None else 0,
+        bias.stride(0) if bias is not None else 0, residual, *drop,
         *sizes, config.GEMM_GROUP, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
 
@@ -91,6 +93,7 @@ def tile_at(rows, cols, M, N):
 @triton.jit
 def _gemm_kernel(
     a, b, a2, b2, bias, out, M, N, K, a_m, a_k, b_k, b_n, a2_m, a2_k, b2_k, b2_n, bias_n,
+    residual, seed, first_row, threshold, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -100,5 +103,8 @@ def _gemm_kernel(
     if a2 is not None:
         acc = product(acc, a2, b2, rows, cols, M, N, K, a2_m, a2_k, b2_k, b2_n, BLOCK_K, EVEN_K)
     acc = add_bias(acc, bias, bias_n, cols, N)
+    acc = dropped(acc, seed, first_row + rows.to(tl.int64)[:, None], cols[None, :], threshold, scale)
     at, inside = tile_at(rows, cols, M, N)
+    if residual is not None:
+        acc += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)

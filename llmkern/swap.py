@@ -68,21 +68,9 @@ def _refuse_sequential(module: nn.Sequential) -> str | None:
     return why_unfused(activation, None, first, last)
 
 
-def _note_sequential(module: nn.Sequential) -> str | None:
-    return _note_dropout(parts(module)[2])
-
-
 def _note_encoder(module: nn.TransformerEncoderLayer) -> str | None:
     unfused = why_unfused(module.activation, None, module.linear1, module.linear2)
-    if unfused:
-        return f"torch computes the feed-forward because {unfused}"
-    return _note_dropout(module.dropout)
-
-
-def _note_dropout(dropout: nn.Dropout | None) -> str | None:
-    if dropout is None or dropout.p == 0:
-        return None
-    return f"while training, torch computes the feed-forward because of its dropout {dropout.p}"
+    return f"torch computes the feed-forward because {unfused}" if unfused else None
 
 
 RULES = [
@@ -94,7 +82,7 @@ RULES = [
     Rule("loss", nn.CrossEntropyLoss, kernel_nn.CrossEntropyLoss),
     Rule(
         "ffn", nn.Sequential, kernel_nn.SequentialFFN,
-        refuse=_refuse_sequential, note=_note_sequential, concerns=looks_like_ffn, absorbs=True,
+        refuse=_refuse_sequential, concerns=looks_like_ffn, absorbs=True,
     ),
     Rule(
         "ffn", nn.TransformerEncoderLayer, kernel_nn.TransformerEncoderLayer,

@@ -13,12 +13,13 @@ from .children import hooked, must_call
 class MLP(plain.MLP):
     """Linear, activation, linear as one fused op; arguments and attributes as `llmkern.nn.plain.MLP`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) to (B, T, C), or any leading dimensions."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(B, T, C) to (B, T, C), or any leading dimensions; `residual` is added to the result."""
         if reason := must_call(c_fc=self.c_fc, c_proj=self.c_proj):
             fall_back("MLP", reason)
-            return super().forward(x)
-        return self.dropout(fused(x, self.c_fc, self.activation, self.c_proj))
+            y = super().forward(x)
+            return y if residual is None else residual + y
+        return fused(x, self.c_fc, self.activation, self.c_proj, last=self.dropout, residual=residual)
 
 
 class GatedMLP(plain.GatedMLP):
@@ -29,14 +30,13 @@ class GatedMLP(plain.GatedMLP):
         if reason := must_call(c_gate=self.c_gate, c_fc=self.c_fc, c_proj=self.c_proj):
             fall_back("GatedMLP", reason)
             return super().forward(x)
-        return self.dropout(fused(x, self.c_fc, self.activation, self.c_proj, self.c_gate))
+        return fused(x, self.c_fc, self.activation, self.c_proj, self.c_gate, last=self.dropout)
 
 
 class SequentialFFN(nn.Sequential):
     """`nn.Sequential(Linear, activation, [Dropout,] Linear[, Dropout])` as one fused op.
 
     `swap_` gives this class to such a Sequential; layers must not be added or taken away afterwards.
-    While training with dropout between the linears, they are called one by one.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -45,18 +45,40 @@ class SequentialFFN(nn.Sequential):
         if reason := why_unfused(activation, dropout, linear_in, linear_out):
             fall_back("nn.Sequential", reason)
             return super().forward(input)
-        y = fused(input, linear_in, activation_name(activation), linear_out)
-        return y if last is None else last(y)
+        return fused(input, linear_in, activation_name(activation), linear_out, dropout=dropout, last=last)
 
 
 def fused(
-    x: Tensor, linear_in: nn.Linear, activation: str, linear_out: nn.Linear, gate: nn.Linear | None = None
+    x: Tensor,
+    linear_in: nn.Linear,
+    activation: str,
+    linear_out: nn.Linear,
+    gate: nn.Linear | None = None,
+    *,
+    dropout: nn.Dropout | None = None,
+    last: nn.Dropout | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """`ops.ffn` with the weights of linears."""
-    weights = linear_in.weight, linear_in.bias, linear_out.weight, linear_out.bias
-    if gate is None:
-        return ops.ffn(x, *weights, activation)
-    return ops.ffn(x, *weights, activation, weight_gate=gate.weight, bias_gate=gate.bias)
+    """`ops.ffn` with the weights of linears, `dropout` between them and `last` behind them.
+
+    What is dropped while training is as random as torch's, but not the same.
+    """
+    outside = last is not None and hooked(last)  # hooks see what its caller sees
+    y = ops.ffn(
+        x, linear_in.weight, linear_in.bias, linear_out.weight, linear_out.bias, activation,
+        weight_gate=None if gate is None else gate.weight,
+        bias_gate=None if gate is None else gate.bias,
+        residual=None if outside else residual,
+        dropout_p=_rate(dropout),
+        output_dropout_p=0.0 if outside else _rate(last),
+    )  # fmt: skip
+    if not outside:
+        return y
+    return last(y) if residual is None else residual + last(y)
+
+
+def _rate(dropout: nn.Dropout | None) -> float:
+    return dropout.p if dropout is not None and dropout.training else 0.0
 
 
 def activation_name(f: object) -> str | None:
@@ -79,8 +101,6 @@ def why_unfused(
     if activation_name(activation) is None:
         name = getattr(activation, "__name__", type(activation).__name__)
         return f"the activation is {name}, expected ReLU, GELU or SiLU without hooks"
-    if dropout is not None and dropout.training and dropout.p > 0:
-        return f"dropout {dropout.p} between its linears while training"
     if dropout is not None and hooked(dropout):
         return "the dropout between its linears has hooks"
     return must_call(linear_in=linear_in, linear_out=linear_out)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..ops.dispatch import fall_back
 from . import plain
 from .attention import CausalSelfAttention, MultiheadAttention
+from .children import hooked
 from .ffn import MLP, activation_name, fused, why_unfused
 from .norm import LayerNorm, add_norm
 
@@ -15,7 +16,7 @@ from .norm import LayerNorm, add_norm
 class Block(plain.Block):
     """One layer of GPT-2 on llmkern's kernels; arguments and attributes as `llmkern.nn.plain.Block`.
 
-    The add after the attention runs inside ln_2's kernel.
+    The add after the attention runs inside ln_2's kernel, the one after the MLP inside the MLP's.
     """
 
     parts = LayerNorm, CausalSelfAttention, MLP
@@ -23,6 +24,8 @@ class Block(plain.Block):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C)."""
         y, x = add_norm(self.ln_2, self.attn(self.ln_1(x)), x)
+        if type(self.mlp) is MLP and not hooked(self.mlp):
+            return self.mlp(y, x)
         return x + self.mlp(y)
 
 
@@ -30,8 +33,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     """`torch.nn.TransformerEncoderLayer` on llmkern's kernels: same arguments and state_dict keys.
 
     Attention, norms with the add before them, and the feed-forward layer run as three or four ops.
-    While training with dropout, torch drops attention weights, and the linears run one by one, as an
-    activation that `ops.ffn` does not know makes them do.  Nested tensors are computed by torch.
+    While training, torch drops attention weights.  With an activation that `ops.ffn` does not know the
+    linears run one by one.  Nested tensors are computed by torch.
     """
 
     def __init__(
@@ -79,13 +82,17 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         attended = self._sa_block(x, src_mask, src_key_padding_mask, is_causal)
         if self.norm_first:  # Xiong et al. 2020, arXiv:2002.04745, figure 1
             y, x = add_norm(self.norm2, attended, src)
-            return x + self._ff_block(y)
+            return self._ff_block(y, x)
         x, _ = add_norm(self.norm1, attended, src)
         return add_norm(self.norm2, self._ff_block(x), x)[0]
 
-    def _ff_block(self, x: Tensor) -> Tensor:
+    def _ff_block(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         reason = why_unfused(self.activation, self.dropout, self.linear1, self.linear2)
         if reason:
             fall_back("TransformerEncoderLayer's feed-forward", reason)
-            return super()._ff_block(x)
-        return self.dropout2(fused(x, self.linear1, activation_name(self.activation), self.linear2))
+            y = super()._ff_block(x)
+            return y if residual is None else residual + y
+        return fused(
+            x, self.linear1, activation_name(self.activation), self.linear2,
+            dropout=self.dropout, last=self.dropout2, residual=residual,
+        )  # fmt: skip

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import philox
 from .op import Make, Op, Sample, autocast, empty, opmath, register, rows
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "relu2")
 GATED = {"reglu": "relu", "geglu": "gelu", "swiglu": "silu"}  # Shazeer 2020
+OUTPUT_ROWS = 2**62  # dropout of outputs takes its numbers from rows behind those of hidden activations
 
 
 def ffn(
@@ -23,11 +25,18 @@ def ffn(
     *,
     weight_gate: Tensor | None = None,
     bias_gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    output_dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """The feed-forward layer of a transformer: two linears with an activation between them.
 
     y = a(x) @ weight_outᵀ + bias_out, where u = x @ weight_inᵀ + bias_in and a(x) is f(u), or with
-    a gate g = x @ weight_gateᵀ + bias_gate the product f(g) ∘ u.
+    a gate g = x @ weight_gateᵀ + bias_gate the product f(g) ∘ u.  The kernels go over the rows of x
+    in chunks: without a gradient, or with `recompute`, the hidden activations are never whole in
+    memory.
 
     Args:
         x: (*, D); float32, bfloat16, float16 or float64.
@@ -36,21 +45,43 @@ def ffn(
         activation: f: "relu", "gelu" (exact), "gelu_tanh", "silu" or "relu2" (relu squared);
             or, with a gate, "reglu", "geglu" or "swiglu".
         weight_gate, bias_gate: like weight_in and bias_in.
+        residual: (*, D_out), added to y; where its dtype is that of y, inside the kernel.
+        dropout_p: probability of dropping hidden activations a(x); pass 0 in evaluation.
+        output_dropout_p: probability of dropping elements of y, before `residual` is added.
+        dropout_seed: int64, one element: the same seed drops the same elements on every backend;
+            None draws one from torch's generator.
+        recompute: keep nothing but x for backward, which then makes the hidden activations again:
+            2 · F elements a row less, or 4 · F with a gate, for one or two of eight products more.
 
     Returns:
         y, (*, D_out), in the dtype of `x`.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; an unknown activation.
+        ValueError: shapes, dtypes or devices that do not fit; an unknown activation; a probability
+            outside [0, 1].
     """
     f = GATED.get(activation, activation)
     tensors = autocast(x, weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out)
     _check(activation, f, *tensors)
-    x, weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out = tensors
+    x, *weights = tensors
+    shape = (*x.shape[:-1], weights[4].shape[0])
+    _check_options(residual, shape, dropout_p, output_dropout_p)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     flat = x.reshape(rows(x, x.shape[-1]), x.shape[-1]).contiguous()
-    y = FFN.apply(flat, weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out, f, keep)
-    return y.view(*x.shape[:-1], weight_out.shape[0])
+    fused = residual is not None and residual.dtype == x.dtype
+    added = residual.reshape(flat.shape[0], shape[-1]).contiguous() if fused else None
+    seed = philox.new_seed(x.device, dropout_seed) if dropout_p or output_dropout_p else None
+    options = f, float(dropout_p), float(output_dropout_p), keep and not recompute
+    y = FFN.apply(flat, *weights, added, seed, *options).view(shape)
+    return y if residual is None or fused else residual + y
+
+
+def _check_options(residual: Tensor | None, shape: tuple, dropout_p: float, output_dropout_p: float) -> None:
+    if residual is not None and tuple(residual.shape) != shape:
+        raise ValueError(f"ffn: residual has shape {tuple(residual.shape)}, expected {shape}")
+    for name, p in (("dropout_p", dropout_p), ("output_dropout_p", output_dropout_p)):
+        if not 0.0 <= p <= 1.0:
+            raise ValueError(f"ffn: {name} is {p}, expected a probability in [0, 1]")
 
 
 def _check(activation, f, x, weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out) -> None:
@@ -119,13 +150,23 @@ def derivative(u: Tensor, f: str) -> Tensor:
     return 0.5 * (1 + t) + 0.5 * u * (1 - t * t) * c * (1 + 3 * 0.044715 * u * u)
 
 
+def _factors(like: Tensor, seed: Tensor | None, p: float, first_row: int = 0) -> Tensor | float:
+    """What dropout multiplies the elements of `like`, (N, C), by."""
+    if seed is None or p == 0:
+        return 1.0
+    i = torch.arange(like.shape[0], device=like.device)[:, None] + first_row
+    j = torch.arange(like.shape[1], device=like.device)
+    return philox.factors(seed, i, j, p, opmath(like.dtype))
+
+
 @register
 class FFN(Op):
-    """y = h W_outᵀ + b_out,  h = f(u) or f(g) ∘ u,  u = x W_inᵀ + b_in,  g = x W_gateᵀ + b_gate
+    """y = residual + drop(h W_outᵀ + b_out),  h = drop(f(u) or f(g) ∘ u),
+    u = x W_inᵀ + b_in,  g = x W_gateᵀ + b_gate
 
-    Bias and activation run in the epilogue of the first product, and their derivatives in the
-    epilogue of backward's.  Backward keeps u (and g) and makes h again from them, so one hidden
-    activation less is stored than by separate modules.
+    Bias, activation, dropout and residual run in the epilogues of the two products, their derivatives in
+    those of backward's.  Backward keeps u (and g) and makes h again from them, so one
+    hidden activation less is stored than by separate modules.
     """
 
     name = "ffn"
@@ -139,54 +180,57 @@ class FFN(Op):
         "x": 0, "weight_in": 1, "bias_in": 2, "weight_gate": 3, "bias_gate": 4, "weight_out": 5,
         "bias_out": 6,
     }  # fmt: skip
+    passes = {"residual": 0}
+    constant = ("dropout_seed",)
     public = staticmethod(ffn)
 
     @staticmethod
     def reference(
         x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_gate: Tensor | None,
-        bias_gate: Tensor | None, weight_out: Tensor, bias_out: Tensor | None, activation: str, keep: bool,
+        bias_gate: Tensor | None, weight_out: Tensor, bias_out: Tensor | None, residual: Tensor | None,
+        seed: Tensor | None, activation: str, dropout_p: float, output_dropout_p: float, keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         f = opmath(x.dtype)
         u = F.linear(x, weight_in, bias_in)  # (N, F)
         g = None if weight_gate is None else F.linear(x, weight_gate, bias_gate)
         h = activate(u.to(f), activation) if g is None else activate(g.to(f), activation) * u.to(f)
+        h = h * _factors(h, seed, dropout_p)
         y = F.linear(h.to(x.dtype), weight_out, bias_out)  # (N, D_out)
+        if seed is not None or residual is not None:
+            y = y.to(f) * _factors(y, seed, output_dropout_p, OUTPUT_ROWS)
+            y = (y if residual is None else y + residual).to(x.dtype)
         return y, u if keep else empty(x), g if keep and g is not None else empty(x)
 
     @staticmethod
-    def outputs(x, weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out, activation, keep):
-        wide = x.new_empty(x.shape[0], weight_in.shape[0]) if keep else empty(x)
+    def outputs(x, weight_in, bias_in, weight_gate, bias_gate, weight_out, *options):
+        wide = x.new_empty(x.shape[0], weight_in.shape[0]) if options[-1] else empty(x)
         gate = torch.empty_like(wide) if weight_gate is not None else empty(x)
         return x.new_empty(x.shape[0], weight_out.shape[0]), wide, gate
 
     @staticmethod
     def save(args, outs):
-        x, weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out, activation, _ = args
-        return (
-            x,
-            weight_in,
-            bias_in,
-            weight_gate,
-            bias_gate,
-            weight_out,
-            bias_out,
-            outs[1],
-            outs[2],
-            activation,
-        )
+        *inputs, _, seed, activation, dropout_p, output_dropout_p, _ = args
+        return *inputs, seed, outs[1], outs[2], activation, dropout_p, output_dropout_p
 
     @staticmethod
-    def replay(x, weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out, u, g, activation):
-        return x, weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out, activation, True
+    def replay(*saved):
+        *inputs, seed, _, _, activation, dropout_p, output_dropout_p = saved
+        return *inputs, None, seed, activation, dropout_p, output_dropout_p, True
 
     @staticmethod
     def reference_bwd(
         dy: Tensor, x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_gate: Tensor | None,
-        bias_gate: Tensor | None, weight_out: Tensor, bias_out: Tensor | None, u: Tensor, g: Tensor,
-        activation: str, needs: list[bool],
+        bias_gate: Tensor | None, weight_out: Tensor, bias_out: Tensor | None, seed: Tensor | None,
+        u: Tensor, g: Tensor, activation: str, dropout_p: float, output_dropout_p: float, needs: list[bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         f = opmath(x.dtype)
-        dh = (dy @ weight_out).to(f)  # (N, F)
+        if u.numel() == 0:
+            u = F.linear(x, weight_in, bias_in)
+            g = empty(x) if weight_gate is None else F.linear(x, weight_gate, bias_gate)
+        factors = _factors(u, seed, dropout_p)
+        if seed is not None and output_dropout_p:
+            dy = (dy.to(f) * _factors(dy, seed, output_dropout_p, OUTPUT_ROWS)).to(dy.dtype)
+        dh = (dy @ weight_out).to(f) * factors  # (N, F)
         if weight_gate is None:
             h = activate(u.to(f), activation)
             du, dg = (dh * derivative(u.to(f), activation)).to(x.dtype), None
@@ -201,37 +245,48 @@ class FFN(Op):
             du.to(f).sum(0).to(x.dtype),
             None if dg is None else dg.t() @ x,
             None if dg is None else dg.to(f).sum(0).to(x.dtype),
-            dy.t() @ h.to(x.dtype),
+            dy.t() @ (h * factors).to(x.dtype),
             dy.to(f).sum(0).to(x.dtype),
         )
         return tuple(d.contiguous() if need and d is not None else empty(x) for d, need in zip(grads, needs))
 
     @staticmethod
-    def outputs_bwd(
-        dy, x, weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out, u, g, activation, needs
-    ):
-        like = (x, weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out)
+    def outputs_bwd(dy, x, *saved):
+        like, needs = (x, *saved[:6]), saved[-1]
         return tuple(
             x.new_empty(t.shape) if need and t is not None else empty(x) for t, need in zip(like, needs)
         )
 
     @staticmethod
-    def flops(x, weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out, activation, keep):
+    def flops(x, weight_in, bias_in, weight_gate, bias_gate, weight_out, *options):
         products = weight_in.numel() * (1 if weight_gate is None else 2) + weight_out.numel()
         return 2 * x.shape[0] * products
 
     @staticmethod
-    def flops_bwd(
-        dy, x, weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out, u, g, activation, needs
-    ):
+    def flops_bwd(dy, x, weight_in, bias_in, weight_gate, bias_gate, weight_out, bias_out, seed, u, *options):
+        needs = options[-1]
         gate = 0 if weight_gate is None else weight_gate.numel()
         inputs = weight_out.numel() + needs[0] * (weight_in.numel() + gate)
         weights = needs[1] * weight_in.numel() + needs[3] * gate + needs[5] * weight_out.numel()
-        return 2 * x.shape[0] * (inputs + weights)
+        again = 0 if u.numel() else weight_in.numel() + gate
+        return 2 * x.shape[0] * (inputs + weights + again)
 
     @staticmethod
     def eager(
-        x, weight_in, bias_in, weight_out, bias_out, activation="gelu", *, weight_gate=None, bias_gate=None
+        x,
+        weight_in,
+        bias_in,
+        weight_out,
+        bias_out,
+        activation="gelu",
+        *,
+        weight_gate=None,
+        bias_gate=None,
+        residual=None,
+        dropout_p=0.0,
+        output_dropout_p=0.0,
+        dropout_seed=None,
+        recompute=False,
     ):
         f = GATED.get(activation, activation)
         act = {
@@ -243,7 +298,14 @@ class FFN(Op):
         }[f]
         u = F.linear(x, weight_in, bias_in)
         h = act(u) if weight_gate is None else act(F.linear(x, weight_gate, bias_gate)) * u
-        return F.linear(h, weight_out, bias_out)
+        if dropout_p:
+            kept = _factors(h.flatten(0, -2), dropout_seed, dropout_p)
+            h = (h * kept.view(h.shape)).to(x.dtype)
+        y = F.linear(h, weight_out, bias_out)
+        if output_dropout_p:
+            kept = _factors(y.flatten(0, -2), dropout_seed, output_dropout_p, OUTPUT_ROWS)
+            y = (y * kept.view(y.shape)).to(x.dtype)
+        return y if residual is None else residual + y
 
     @staticmethod
     def samples(make: Make) -> Iterator[Sample]:
@@ -271,6 +333,15 @@ class FFN(Op):
         yield Sample("strided x", (make(20, 48)[:, ::2], w_in, b_in, w_out, b_out, "gelu"), {})
         yield Sample("empty", (make(0, 24), w_in, b_in, w_out, b_out, "gelu"), {})
         yield Sample("large", (100 * x, w_in, b_in, w_out, b_out, "gelu"), {})
+        residual = {"residual": make(3, 7, 29)}
+        x, *weights = layer(21, 37, 71, 29)
+        yield Sample("residual", (x.view(3, 7, 37), *weights, "silu"), residual)
+        yield Sample("recompute", (x, *weights, "gelu"), {"recompute": True})
+        seed = {"dropout_seed": make.integers(2**62)}
+        gate = {"weight_gate": make(71, 37, scale=0.2), "recompute": True}
+        yield Sample("dropout", (x, *weights, "gelu"), {"dropout_p": 0.3, **seed})
+        both = {"dropout_p": 0.5, "output_dropout_p": 0.2, **seed}
+        yield Sample("everything", (x.view(3, 7, 37), *weights, "swiglu"), {**gate, **both, **residual})
 
     @staticmethod
     def benchmarks(make: Make) -> Iterator[Sample]:
@@ -281,6 +352,18 @@ class FFN(Op):
         w_in, w_gate = make(f, d, scale=d**-0.5), make(f, d, scale=d**-0.5)
         args = (make(n, d), w_in, None, make(d, f, scale=f**-0.5), None, "swiglu")
         yield Sample(f"{n}x{d}x{f} swiglu", args, {"weight_gate": w_gate})
+
+    @staticmethod
+    def variants(make: Make) -> Iterator[Sample]:
+        w_in, w_out = make(1024, 256), make(256, 1024)
+        options = {"dropout_p": 0.1, "output_dropout_p": 0.1, "dropout_seed": make.integers(2**62)}
+        options |= {"residual": make(512, 256)}
+        yield Sample("dropout", (make(512, 256), w_in, None, w_out, None, "gelu"), options)
+        yield Sample(
+            "gate and dropout",
+            (make(512, 256), w_in, None, w_out, None, "swiglu"),
+            {"weight_gate": w_in, **options},
+        )
 
     @staticmethod
     def condition(x, weight_in, *args, **kwargs) -> float:

@@ -108,6 +108,7 @@ class Op:
     constant: tuple[str, ...] = ()  # tensor arguments of `public` that have no gradient
     results: int = 1  # the first `results` outputs are the op's results, the others only saved
     gradients: dict[str, int] = {}  # forward argument -> index of its gradient among backward's outputs
+    passes: dict[str, int] = {}  # forward argument -> index of the incoming gradient that is its own
     mutates: tuple[str, ...] = ()  # arguments that forward writes to
     lowers: bool = False  # computes in the autocast dtype, as torch's matrix products do
     fwd: Any  # torch.ops.llmkern.<name>_fwd.default, set by @register
@@ -173,6 +174,7 @@ def _with_autograd(op: Op) -> Callable[..., Any]:
     """Autograd around the two halves of `op`; skipped when no input needs a gradient."""
     names = [a.name for a in op.fwd._schema.arguments]
     slots = [op.gradients.get(name) for name in names]
+    passed = [op.passes.get(name) for name in names]
     count = len(op.bwd._schema.returns)
 
     class Function(torch.autograd.Function):
@@ -208,11 +210,14 @@ def _with_autograd(op: Op) -> Callable[..., Any]:
                 found = op.bwd(*(None if g is None else op.prepare_grad(g) for g in grads), *saved, needs)
             found = found if isinstance(found, tuple) else (found,)
             return tuple(
-                found[slot] if slot is not None and wanted else None
-                for slot, wanted in zip(slots, ctx.needs_input_grad)
-            )
+                None if not wanted
+                else found[slot] if slot is not None
+                else grads[passing] if passing is not None
+                else None
+                for slot, passing, wanted in zip(slots, passed, ctx.needs_input_grad)
+            )  # fmt: skip
 
-    positions = [i for i, slot in enumerate(slots) if slot is not None]
+    positions = [i for i, both in enumerate(zip(slots, passed)) if both != (None, None)]
 
     def apply(*args):
         if torch.is_grad_enabled():
