@@ -55,12 +55,14 @@ ATTENTION_DQ = {
 }
 ATTENTION_DELTA = 2048  # elements of dout that one program multiplies by out
 
-# matrix products; by (bytes of an element, whether the epilogue holds other tiles beside the product)
+# matrix products; by (bytes of an element, how much the epilogue holds beside the product, see gemm.blocks)
 GEMM = {
-    (2, False): Tile(128, 128, 8, 3),
-    (2, True): Tile(128, 64, 8, 3),
-    (4, False): Tile(64, 64, 4, 2),
-    (4, True): Tile(64, 32, 4, 2),
+    (2, 0): Tile(128, 128, 8, 3),
+    (2, 1): Tile(128, 64, 8, 3),
+    (2, 2): Tile(64, 64, 8, 3),
+    (4, 0): Tile(64, 64, 4, 2),
+    (4, 1): Tile(64, 32, 4, 2),
+    (4, 2): Tile(32, 32, 4, 2),
 }
 GEMM_DEPTH = {2: 64, 4: 16}  # of the inner dimension in one step, by bytes of an element
 GEMM_GROUP = 8  # row blocks that run together and share columns in the L2 cache

@@ -129,7 +129,7 @@ def _hidden(x, weight_in, bias_in, weight_gate, bias_gate, activation, drop, h, 
     if not h.numel():
         return
     gated = weight_gate is not None
-    tile, sizes = blocks(x, m, n, k, heavy=gated)
+    tile, sizes = blocks(x, m, n, k, heavy=gated + (drop.seed is not None))
     launch(
         _hidden_kernel, x, (triton.cdiv(m, sizes[0]) * triton.cdiv(n, sizes[1]),),
         x, weight_in, bias_in, weight_gate, bias_gate, h,
@@ -145,7 +145,7 @@ def _hidden_bwd(dy, weight_out, u, g, activation, drop, h, du, dg) -> None:
     (m, n), k = u.shape, dy.shape[1]
     if not u.numel():
         return
-    tile, sizes = blocks(dy, m, n, k, heavy=True)
+    tile, sizes = blocks(dy, m, n, k, heavy=1 + (drop.seed is not None))
     launch(
         _hidden_bwd_kernel, dy, (triton.cdiv(m, sizes[0]) * triton.cdiv(n, sizes[1]),),
         dy, weight_out, u, g if dg is not None else None, h, du, dg,

@@ -26,7 +26,7 @@ def gemm(
     if not out.numel():
         return
     (m, n), k = out.shape, a.shape[1]
-    tile, sizes = blocks(a, m, n, k)
+    tile, sizes = blocks(a, m, n, k, heavy=int(drop.seed is not None))
     launch(
         _gemm_kernel, a, (triton.cdiv(m, sizes[0]) * triton.cdiv(n, sizes[1]),),
         a, b, a2, b2, bias, out, m, n, k, *a.stride(), *b.stride(),
@@ -36,10 +36,10 @@ def gemm(
     )  # fmt: skip
 
 
-def blocks(a: Tensor, m: int, n: int, k: int, heavy: bool = False) -> tuple[config.Tile, tuple]:
+def blocks(a: Tensor, m: int, n: int, k: int, heavy: int = 0) -> tuple[config.Tile, tuple]:
     """The tile, and the constants BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K of a product of these sizes.
 
-    heavy: the epilogue holds other tiles of the same size beside the product.
+    heavy: 1 if the epilogue holds other tiles of the same size, or random numbers; 2 for both.
     """
     tile = config.GEMM[a.element_size(), heavy]
     block_k = fit(k, 16, config.GEMM_DEPTH[a.element_size()])
