@@ -3,6 +3,7 @@
 from .attention import attention
 from .dispatch import FallbackError, FallbackWarning, implementations, set_fallback, use
 from .ffn import ffn
+from .linear_loss import linear_cross_entropy
 from .loss import cross_entropy
 from .norm import layer_norm, rms_norm
 from .op import OPS
@@ -16,6 +17,7 @@ __all__ = [
     "ffn",
     "implementations",
     "layer_norm",
+    "linear_cross_entropy",
     "rms_norm",
     "set_fallback",
     "use",
