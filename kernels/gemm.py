@@ -1,6 +1,6 @@
 """The tiled matrix product that all layers with weights are made of.
 
-`gemm` is out = a b (+ a2 b2) (+ bias).  Kernels with an epilogue of their own (`ffn.py`) use its
+`gemm` is out = a b (+ a2 b2) (+ bias) (+ sums).  Kernels with an epilogue of their own (`ffn.py`) use its
 parts: `tile_position`, `product`, `tile_at`.
 """
 
@@ -14,20 +14,21 @@ from .launch import fit, launch
 
 def gemm(
     a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None,
-    a2: Tensor | None = None, b2: Tensor | None = None,
+    a2: Tensor | None = None, b2: Tensor | None = None, sums: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """out = a b + a2 b2 + bias; a (M, K) and b (K, N) with any strides, out (M, N) contiguous, or
+    """out = a b + a2 b2 + bias + sums; a (M, K) and b (K, N) with any strides, out (M, N) contiguous, or
     with 0 elements if nobody wants it.
 
-    bias (N,) may be None; a2 and b2 are like a and b, or None.  Sums are kept in float32.
+    bias (N,) may be None; a2 and b2 are like a and b, or None; sums is like out, may be out, or None.
+    All sums are kept in float32.
     """
     if not out.numel():
         return
     (m, n), k = out.shape, a.shape[1]
-    tile, sizes = blocks(a, m, n, k)
+    tile, sizes = blocks(a, m, n, k, heavy=sums is not None)
     launch(
         _gemm_kernel, a, (triton.cdiv(m, sizes[0]) * triton.cdiv(n, sizes[1]),),
-        a, b, a2, b2, bias, out, m, n, k, *a.stride(), *b.stride(),
+        a, b, a2, b2, bias, sums, out, m, n, k, *a.stride(), *b.stride(),
         *(a2.stride() if a2 is not None else (0, 0)), *(b2.stride() if b2 is not None else (0, 0)),
         bias.stride(0) if bias is not None else 0,
         *sizes, config.GEMM_GROUP, warps=tile.warps, stages=tile.stages,
@@ -90,7 +91,7 @@ def tile_at(rows, cols, M, N):
 
 @triton.jit
 def _gemm_kernel(
-    a, b, a2, b2, bias, out, M, N, K, a_m, a_k, b_k, b_n, a2_m, a2_k, b2_k, b2_n, bias_n,
+    a, b, a2, b2, bias, sums, out, M, N, K, a_m, a_k, b_k, b_n, a2_m, a2_k, b2_k, b2_n, bias_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -101,4 +102,6 @@ def _gemm_kernel(
         acc = product(acc, a2, b2, rows, cols, M, N, K, a2_m, a2_k, b2_k, b2_n, BLOCK_K, EVEN_K)
     acc = add_bias(acc, bias, bias_n, cols, N)
     at, inside = tile_at(rows, cols, M, N)
+    if sums is not None:
+        acc += tl.load(sums + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
