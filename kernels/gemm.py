@@ -96,12 +96,13 @@ def _gemm_kernel(
     GROUP: tl.constexpr,
 ):  # fmt: skip
     rows, cols = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    at, inside = tile_at(rows, cols, M, N)
+    if sums is not None:
+        acc = tl.load(sums + at, mask=inside, other=0.0).to(tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = product(acc, a, b, rows, cols, M, N, K, a_m, a_k, b_k, b_n, BLOCK_K, EVEN_K)
     if a2 is not None:
         acc = product(acc, a2, b2, rows, cols, M, N, K, a2_m, a2_k, b2_k, b2_n, BLOCK_K, EVEN_K)
     acc = add_bias(acc, bias, bias_n, cols, N)
-    at, inside = tile_at(rows, cols, M, N)
-    if sums is not None:
-        acc += tl.load(sums + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)

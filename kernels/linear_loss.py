@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import config
 from .gemm import add_bias, blocks, gemm, product, tile_at, tile_position
-from .launch import fit, launch
+from .launch import launch
 from .loss import target_weight
 from .reduce import column_sum
 
@@ -41,7 +41,7 @@ def linear_cross_entropy_fwd(
     launch(
         _loss_kernel, x, (n,),
         partial, target, weight, loss, top, log_total, n, classes, parts, ignore_index, label_smoothing,
-        z_loss, smoothed, fit(parts, 1, parts), warps=1,
+        z_loss, smoothed, triton.next_power_of_2(parts), warps=1,
     )  # fmt: skip
 
 

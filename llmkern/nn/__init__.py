@@ -1,7 +1,8 @@
 """Drop-in modules on llmkern's kernels.
 
-`LayerNorm, RMSNorm, MultiheadAttention, TransformerEncoderLayer, CrossEntropyLoss` are subclasses of
-torch's modules of the same name, with their arguments, parameters and state_dict keys.
+`LayerNorm, RMSNorm, MultiheadAttention, TransformerEncoderLayer, CrossEntropyLoss,
+LinearCrossEntropyLoss` are subclasses of torch's modules of the same name, with their arguments,
+parameters and state_dict keys.
 `CausalSelfAttention, MLP, GatedMLP, Block` are the parts of a GPT; `llmkern.nn.plain` has them in
 PyTorch alone.
 """
@@ -9,6 +10,7 @@ PyTorch alone.
 from . import plain
 from .attention import CausalSelfAttention, MultiheadAttention
 from .ffn import MLP, GatedMLP, SequentialFFN
+from .linear_loss import LinearCrossEntropyLoss
 from .loss import CrossEntropyLoss
 from .norm import LayerNorm, RMSNorm
 from .transformer import Block, TransformerEncoderLayer
@@ -20,6 +22,7 @@ __all__ = [
     "CrossEntropyLoss",
     "GatedMLP",
     "LayerNorm",
+    "LinearCrossEntropyLoss",
     "MultiheadAttention",
     "RMSNorm",
     "SequentialFFN",
