@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import config
 from .gemm import add_bias, blocks, gemm, product, tile_at, tile_position
-from .launch import launch
+from .launch import fit, launch
 from .loss import target_weight
 from .reduce import column_sum
 
@@ -38,10 +38,12 @@ def linear_cross_entropy_fwd(
         x, head, bias, target, weight, partial, n, classes, dim, *head.stride(), softcap,
         softcap > 0, smoothed, config.LINEAR_LOSS_PART, *sizes, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
+    block = triton.next_power_of_2(parts)
+    rows = fit(n, 1, max(1, config.LINEAR_LOSS_PART // block))
     launch(
-        _loss_kernel, x, (n,),
+        _loss_kernel, x, (triton.cdiv(n, rows),),
         partial, target, weight, loss, top, log_total, n, classes, parts, ignore_index, label_smoothing,
-        z_loss, smoothed, triton.next_power_of_2(parts), warps=1,
+        z_loss, smoothed, block, rows, warps=config.warps(block * rows),
     )  # fmt: skip
 
 
@@ -186,30 +188,33 @@ def _partial_kernel(
 @triton.jit
 def _loss_kernel(
     partial, target, weight, loss, top_out, log_total_out, N, C, parts, ignore_index, smoothing, z_loss,
-    SMOOTHED: tl.constexpr, BLOCK: tl.constexpr,
+    SMOOTHED: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A row's parts together: loss = (1 - ε) w[t] (lse - z[t]) + ε/C Σ w (lse - z) + ζ lse²."""
-    row = tl.program_id(0)
-    part = tl.arange(0, BLOCK)
+    """The parts of a row together: loss = (1 - ε) w[t] (lse - z[t]) + ε/C Σ w (lse - z) + ζ lse²."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    part = tl.arange(0, PARTS)
+    inside = rows < N
     plane = parts.to(tl.int64) * N
-    at, mask = partial + part.to(tl.int64) * N + row, part < parts
-    tops = tl.load(at, mask=mask, other=float("-inf"))
+    at = partial + part.to(tl.int64)[:, None] * N + rows[None, :]
+    mask = (part < parts)[:, None] & inside[None, :]
+    tops = tl.load(at, mask=mask, other=float("-inf"))  # (PARTS, ROWS)
     top = tl.max(tops, 0)
     shift = _finite_or_0(top)
-    log_total = tl.log(tl.sum(tl.load(at + plane, mask=mask, other=0.0) * tl.exp(tops - shift), 0))
+    totals = tl.load(at + plane, mask=mask, other=0.0)
+    log_total = tl.log(tl.sum(totals * tl.exp(tops - shift[None, :]), 0))
     z_target = tl.sum(tl.load(at + 2 * plane, mask=mask, other=0.0), 0)
-    _, kept, w = target_weight(target, weight, row, C, ignore_index)
+    _, kept, w = target_weight(target, weight, rows, C, ignore_index, inside)
     value = (1.0 - smoothing) * w * (log_total - (z_target - top))
     if SMOOTHED:
         gaps = tl.load(at + 3 * plane, mask=mask, other=0.0)
         weights = tl.load(at + 4 * plane, mask=mask, other=0.0)
-        gap = tl.sum(gaps + weights * (shift - tl.where(mask, _finite_or_0(tops), shift)), 0)
+        gap = tl.sum(gaps + weights * (shift[None, :] - _finite_or_0(tops)), 0)
         value += smoothing / C * (gap + tl.sum(weights, 0) * log_total)
     lse = top + log_total
     value += tl.where(z_loss > 0, z_loss * lse * lse, 0.0)
-    tl.store(loss + row, tl.where(kept, value, 0.0))
-    tl.store(top_out + row, top)
-    tl.store(log_total_out + row, log_total)
+    tl.store(loss + rows, tl.where(kept, value, 0.0), mask=inside)
+    tl.store(top_out + rows, top, mask=inside)
+    tl.store(log_total_out + rows, log_total, mask=inside)
 
 
 @triton.jit
