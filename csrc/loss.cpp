@@ -7,20 +7,15 @@
 // Maximum and sum are found in one pass over memory: chunks that fit the first cache are read twice
 // there, the running sum is rescaled between them.
 
-#include <algorithm>
-#include <cmath>
 #include <limits>
-#include <string>
 
-#include "simd.h"
+#include "loss.h"
 #include "threads.h"
 
 namespace llmkern {
 namespace {
 
 constexpr int64_t kChunk = 2048;  // logits: 8 KiB of float, a quarter of the first cache
-
-int lanes(int64_t i, int64_t end) { return static_cast<int>(std::min<int64_t>(W, end - i)); }
 
 struct Row {
   float top, log_total;
@@ -51,36 +46,6 @@ Row reduce(const T* z, int64_t classes, const Weight& weight, bool smooth, float
     }
   }
   return {top, std::log(sum(total)), smooth ? sum(weighted) : 0.0f};
-}
-
-// w[c], or 1 without class weights, in the dtype of the logits or float.
-template <class T>
-struct ClassWeight {
-  const T* narrow;
-  const float* wide;
-  explicit ClassWeight(const Tensor& t)
-      : narrow(t && t.dtype != DType::f32 ? t.as<T>() : nullptr),
-        wide(t && t.dtype == DType::f32 ? t.as<float>() : nullptr) {}
-  Vec operator()(int64_t i, int n) const {
-    return wide ? load(wide + i, n) : narrow ? load(narrow + i, n) : set(1.0f);
-  }
-  float operator()(int64_t c) const { return wide ? wide[c] : narrow ? to_float(narrow[c]) : 1.0f; }
-  float total(int64_t classes) const {
-    if (!wide && !narrow) return static_cast<float>(classes);
-    double s = 0;
-    for (int64_t c = 0; c < classes; ++c) s += (*this)(c);
-    return static_cast<float>(s);
-  }
-};
-
-void check_targets(const Tensor& target, int64_t classes, int64_t ignore_index) {
-  const int64_t* t = target.as<int64_t>();
-  const int64_t step = target.stride[0];
-  for (int64_t n = 0; n < target.size[0]; ++n)
-    if (t[n * step] != ignore_index && (t[n * step] < 0 || t[n * step] >= classes))
-      throw std::out_of_range("cross_entropy: target " + std::to_string(t[n * step]) +
-                              " is out of range, expected 0 to " + std::to_string(classes - 1) +
-                              " or ignore_index " + std::to_string(ignore_index));
 }
 
 template <class T>
@@ -136,7 +101,7 @@ void backward(const Tensor& dloss, const Tensor& logits, const Tensor& target, c
 
 void cross_entropy_fwd(Tensor logits, Tensor target, Tensor weight, int64_t ignore_index,
                        double label_smoothing, Tensor loss, Tensor top, Tensor log_total) {
-  check_targets(target, logits.size[1], ignore_index);
+  check_targets("cross_entropy", target, logits.size[1], ignore_index);
   with_type(logits.dtype, [&](auto t) {
     forward<decltype(t)>(logits, target, weight, ignore_index, static_cast<float>(label_smoothing), loss,
                          top, log_total);

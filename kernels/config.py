@@ -75,6 +75,8 @@ NORM_ELEMENTS = 2048  # of one program: several short rows, or a part of a long 
 NORM_BLOCK = 8192  # the longest row that stays in registers
 NORM_CHUNKS = 256  # groups of rows whose weight gradients are summed apart, then added
 LOSS_BLOCK = 4096
+LINEAR_LOSS_PART = 2048  # classes that one program of linear_cross_entropy reduces
+LINEAR_LOSS_ROWS, LINEAR_LOSS_COLS = 8192, 4096  # most of dz in memory at once: 64 MiB in 16 bits
 SUM_ROWS, SUM_COLS = 32, 64  # of one step of a column sum
 SUM_CHUNK = 512  # rows of one program of it
 

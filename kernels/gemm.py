@@ -1,6 +1,6 @@
 """The tiled matrix product that all layers with weights are made of.
 
-`gemm` is out = a b (+ a2 b2) (+ bias).  Kernels with an epilogue of their own (`ffn.py`) use its
+`gemm` is out = drop(a b (+ a2 b2) (+ bias)) (+ residual).  Kernels with an epilogue of their own (`ffn.py`) use its
 parts: `tile_position`, `product`, `tile_at`.
 """
 
@@ -21,12 +21,13 @@ def gemm(
     """out = drop(a b + a2 b2 + bias) + residual; a (M, K) and b (K, N) with any strides, out and
     residual (M, N) contiguous; out has 0 elements if nobody wants it.
 
-    bias (N,) may be None; a2 and b2 are like a and b, or None.  Sums are kept in float32.
+    bias (N,) may be None; a2 and b2 are like a and b, or None; residual may be out.  Sums are kept in
+    float32.
     """
     if not out.numel():
         return
     (m, n), k = out.shape, a.shape[1]
-    tile, sizes = blocks(a, m, n, k, heavy=int(drop.seed is not None))
+    tile, sizes = blocks(a, m, n, k, heavy=(drop.seed is not None) + (residual is not None))
     launch(
         _gemm_kernel, a, (triton.cdiv(m, sizes[0]) * triton.cdiv(n, sizes[1]),),
         a, b, a2, b2, bias, out, m, n, k, *a.stride(), *b.stride(),

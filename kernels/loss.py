@@ -48,9 +48,9 @@ def cross_entropy_bwd(
 
 
 @triton.jit
-def _target_weight(target, weight, row, C, ignore_index):
-    """(target, whether it counts, its class weight, NaN for a target out of range)."""
-    t = tl.load(target + row)
+def target_weight(target, weight, row, C, ignore_index, mask=None):
+    """(target, whether it counts, its class weight, NaN for a target out of range) of one row or many."""
+    t = tl.load(target + row, mask=mask)
     kept = t != ignore_index
     valid = (t >= 0) & (t < C)
     w = 1.0
@@ -86,7 +86,7 @@ def _forward_kernel(
         top = above
     log_total = tl.log(total)
 
-    t, kept, w = _target_weight(target, weight, row, C, ignore_index)
+    t, kept, w = target_weight(target, weight, row, C, ignore_index)
     z_target = tl.load(logits + t, mask=(t >= 0) & (t < C), other=0.0).to(tl.float32)
     value = (1.0 - smoothing) * w * (log_total - (z_target - top))
     if SMOOTHED:
@@ -104,7 +104,7 @@ def _backward_kernel(
     """dz = dloss (p (hot + ε/C Σ w) - ε/C w - hot at the target), with hot = (1 - ε) w[t]."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    t, kept, w = _target_weight(target, weight, row, C, ignore_index)
+    t, kept, w = target_weight(target, weight, row, C, ignore_index)
     hot = (1.0 - smoothing) * w
     d = tl.load(dloss + row)
     z = tl.load(logits + row * C + cols, mask=cols < C, other=float("-inf")).to(tl.float32)

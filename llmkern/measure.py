@@ -15,7 +15,7 @@ KINDS = {  # kind -> prefixes of the names of the ops that PyTorch's dispatcher 
     "attention": ("aten::_scaled_dot_product", "llmkern::attention"),
     "linear and ffn": ("aten::addmm", "aten::mm", "aten::gelu", "llmkern::ffn", "llmkern::linear"),
     "norm": ("aten::native_layer_norm", "llmkern::layer_norm", "llmkern::rms_norm"),
-    "loss": ("aten::_log_softmax", "aten::nll_loss", "llmkern::cross_entropy"),
+    "loss": ("aten::_log_softmax", "aten::nll_loss", "llmkern::cross_entropy", "llmkern::linear_cross"),
     "optimizer": ("aten::_fused_adamw", "aten::_foreach", "aten::linalg_vector_norm"),
 }
 

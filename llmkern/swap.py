@@ -63,6 +63,10 @@ def _refuse_linear(module: nn.Linear) -> str | None:
     return None if device == "cpu" else f"it is on {device}, where torch's own matrix product is at the limit"
 
 
+def _refuse_k_dimensions(module: nn.Module) -> str | None:
+    return f"its loss is in K dimensions, {module.out_features}" if module.out_features else None
+
+
 def _refuse_sequential(module: nn.Sequential) -> str | None:
     first, activation, _, last, _ = parts(module)
     return why_unfused(activation, None, first, last)
@@ -101,6 +105,13 @@ RULES = [
         refuse=_refuse_attention, note=_note_attention,
     ),
 ]  # fmt: skip
+if hasattr(nn, "LinearCrossEntropyLoss"):  # torch 2.13
+    RULES.append(
+        Rule(
+            "loss", nn.LinearCrossEntropyLoss, kernel_nn.LinearCrossEntropyLoss,
+            refuse=_refuse_k_dimensions,
+        )
+    )  # fmt: skip
 
 
 def swap_(
@@ -124,7 +135,8 @@ def swap_(
         ffn: swap MLP, GatedMLP, TransformerEncoderLayer, and each Sequential of linear, activation,
             linear.
         norm: swap LayerNorm, RMSNorm, and Block (for the add inside the norm).
-        loss: swap CrossEntropyLoss; "auto" does so where the model has one, True warns if it has none.
+        loss: swap CrossEntropyLoss and LinearCrossEntropyLoss; "auto" does so where the model has
+            one, True warns if it has none.
         linear: swap each Linear on a CPU that is no part of the above.
         filter_fn: called with (module, path); only modules for which it is true are swapped.
         strict: raise if anything that could be swapped has to be left alone.
@@ -227,7 +239,7 @@ def _warn_without_effect(report: Report, model: nn.Module, loss: bool | str) -> 
         reasons = reasons or "it has no module that llmkern knows"
         message = f"swap_: nothing in {type(model).__name__} was swapped: {reasons}"
         warnings.warn(message, NoEffectWarning, stacklevel=3)
-    elif loss is True and kernel_nn.CrossEntropyLoss not in now:
+    elif loss is True and not any(rule.now in now for rule in RULES if rule.kind == "loss"):
         warnings.warn(
             f"swap_: loss is True, but {type(model).__name__} has no CrossEntropyLoss module",
             NoEffectWarning,

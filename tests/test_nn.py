@@ -96,6 +96,24 @@ def test_cross_entropy(options):
     agree(loss, nn.CrossEntropyLoss, inputs(2, 11, 4), torch.randint(11, (2, 4)))
 
 
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyLoss"), reason="needs torch 2.13")
+@pytest.mark.parametrize("options", [
+    {}, {"bias": True, "reduction": "sum"}, {"reduction": "none", "ignore_index": 2},
+    {"weight": torch.rand(11), "label_smoothing": 0.1}, {"out_features": (2,)},
+], ids=str)  # fmt: skip
+def test_linear_cross_entropy(options):
+    loss = llmkern.nn.LinearCrossEntropyLoss(16, 11, **options)
+    shape = (9, *options.get("out_features", ()))
+    agree(loss, nn.LinearCrossEntropyLoss, inputs(9, 16), torch.randint(11, shape))
+    if options == {}:
+        agree(loss, nn.LinearCrossEntropyLoss, inputs(9, 16), torch.rand(9, 11))
+        loss.z_loss = 1e-2
+        x, target = inputs(9, 16), torch.randint(11, (9,))
+        lse = loss.linear(x).logsumexp(-1)
+        expected = nn.functional.cross_entropy(loss.linear(x), target) + 1e-2 * lse.square().mean()
+        torch.testing.assert_close(loss(x, target), expected)
+
+
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("options", [
@@ -287,6 +305,9 @@ BUILD = {
     "LayerNorm": lambda: (llmkern.nn.LayerNorm(16), torch.randn(2, 5, 16)),
     "RMSNorm": lambda: (llmkern.nn.RMSNorm(16), torch.randn(2, 5, 16)),
     "CrossEntropyLoss": lambda: (llmkern.nn.CrossEntropyLoss(), torch.randn(9, 11), torch.arange(9)),
+    "LinearCrossEntropyLoss": lambda: (
+        llmkern.nn.LinearCrossEntropyLoss(16, 11), torch.randn(9, 16), torch.arange(9),
+    ),
     "MultiheadAttention": lambda: (
         llmkern.nn.MultiheadAttention(16, 4), *[torch.randn(5, 2, 16)] * 3, None, False,
     ),
@@ -362,6 +383,10 @@ def test_falls_back_aloud():
         (lambda: hooked(x), "c_fc has hooks"),
         (lambda: llmkern.nn.CausalSelfAttention(16, 4, dropout=0.1)(x), "dropout 0.1"),
         (lambda: llmkern.nn.CrossEntropyLoss()(torch.randn(2, 3), torch.rand(2, 3)), "torch.float32"),
+        (
+            lambda: llmkern.nn.LinearCrossEntropyLoss(4, 3)(torch.randn(2, 4), torch.rand(2, 3)),
+            "torch.float32",
+        ),
     ]
     llmkern.set_fallback("error")
     for call, match in cases:

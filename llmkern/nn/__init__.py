@@ -1,7 +1,8 @@
 """Drop-in modules on llmkern's kernels.
 
-`Linear, LayerNorm, RMSNorm, MultiheadAttention, TransformerEncoderLayer, CrossEntropyLoss` are subclasses of
-torch's modules of the same name, with their arguments, parameters and state_dict keys.
+`Linear, LayerNorm, RMSNorm, MultiheadAttention, TransformerEncoderLayer, CrossEntropyLoss,
+LinearCrossEntropyLoss` are subclasses of torch's modules of the same name, with their arguments,
+parameters and state_dict keys.
 `CausalSelfAttention, MLP, GatedMLP, Block` are the parts of a GPT; `llmkern.nn.plain` has them in
 PyTorch alone.
 """
@@ -10,6 +11,7 @@ from . import plain
 from .attention import CausalSelfAttention, MultiheadAttention
 from .ffn import MLP, GatedMLP, SequentialFFN
 from .linear import Linear
+from .linear_loss import LinearCrossEntropyLoss
 from .loss import CrossEntropyLoss
 from .norm import LayerNorm, RMSNorm
 from .transformer import Block, TransformerEncoderLayer
@@ -22,6 +24,7 @@ __all__ = [
     "GatedMLP",
     "LayerNorm",
     "Linear",
+    "LinearCrossEntropyLoss",
     "MultiheadAttention",
     "RMSNorm",
     "SequentialFFN",

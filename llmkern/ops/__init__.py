@@ -4,6 +4,7 @@ from .attention import attention
 from .dispatch import FallbackError, FallbackWarning, implementations, set_fallback, use
 from .ffn import ffn
 from .linear import linear
+from .linear_loss import linear_cross_entropy
 from .loss import cross_entropy
 from .memory import cached_bytes, empty_cache
 from .norm import layer_norm, rms_norm
@@ -21,6 +22,7 @@ __all__ = [
     "implementations",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "rms_norm",
     "set_fallback",
     "use",

@@ -42,14 +42,23 @@ def cross_entropy(
     flat = target.reshape(-1)
     logits = logits.reshape(-1, classes).contiguous()
     losses = CROSS_ENTROPY.apply(logits, flat, weight, ignore_index, float(label_smoothing))  # (N,) float32
-    autocast = autocast_enabled(input.device.type)
-    dtype = losses.dtype if autocast else input.dtype
+    losses = losses.reshape(target.shape)
+    return reduce_losses(losses, input.dtype, target, weight, ignore_index, reduction)
+
+
+def reduce_losses(
+    losses: Tensor, dtype: torch.dtype, target: Tensor, weight: Tensor | None, ignore_index: int,
+    reduction: str,
+) -> Tensor:  # fmt: skip
+    """The result of a loss from those of its tokens: in `dtype`, and under autocast in float32, as torch."""
+    if autocast_enabled(losses.device.type):
+        dtype = losses.dtype
     if reduction == "none":
-        return losses.reshape(target.shape).to(dtype)
+        return losses.to(dtype)
     total = losses.sum()
     if reduction == "mean":
-        kept = flat != ignore_index
-        share = kept if weight is None else kept * weight.index_select(0, flat.where(kept, 0))
+        kept = target != ignore_index
+        share = kept if weight is None else kept * weight[target.where(kept, 0)]
         total = total / share.sum()
     return total.to(dtype)
 
@@ -87,11 +96,14 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str,
         )
 
 
-def _targets_in_range(target: Tensor, classes: int, ignore_index: int) -> None:
+def check_targets(function: str, target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise IndexError for a target outside [0, classes); on the CPU only: elsewhere it would synchronise."""
+    if target.device.type != "cpu":
+        return
     bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if bad.any():
         raise IndexError(
-            f"cross_entropy: target {int(target[bad][0])} is out of range, expected 0 to {classes - 1} "
+            f"{function}: target {int(target[bad][0])} is out of range, expected 0 to {classes - 1} "
             f"or ignore_index {ignore_index}"
         )
 
@@ -119,8 +131,7 @@ class CROSS_ENTROPY(Op):
         f = opmath(logits.dtype)
         z = logits.to(f)  # (N, C)
         classes = z.shape[1]
-        if target.device.type == "cpu":
-            _targets_in_range(target, classes, ignore_index)
+        check_targets("cross_entropy", target, classes, ignore_index)
         kept = target != ignore_index
         t = target.where(kept, 0)[:, None]  # (N, 1)
         w = z.new_ones(classes) if weight is None else weight.to(f)

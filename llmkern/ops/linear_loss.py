@@ -1,0 +1,291 @@
+"""The output layer of a language model and its loss in one: linear_cross_entropy."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .loss import check_targets, reduce_losses
+from .op import Make, Op, Sample, autocast, empty, opmath, register
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """`cross_entropy(linear(input, linear_weight, linear_bias), target)` without the logits in memory.
+
+    As `torch.nn.functional.linear_cross_entropy` for class indices.  Logits exist a tile at a time,
+    in float32; backward computes them again.  Gradients are exact for any reduction.
+
+    Args:
+        input: hidden states, (*, D); float32, bfloat16, float16 or float64.
+        linear_weight: (C, D), any strides; C is any number of classes.
+        target: class indices, (*); int64, in [0, C) or `ignore_index`.
+        linear_bias: (C,).
+        weight: (C,), a factor for each class; in the dtype of `input` or float32.
+        reduction: "mean" (weighted, over what is not ignored), "sum" or "none".
+        ignore_index: targets of this value add nothing to loss or gradient; None is -100.
+        label_smoothing: in [0, 1].
+        z_loss: adds z_loss · lse² to the loss of each token that is not ignored, lse the log of the
+            softmax's denominator; PaLM has 1e-4 (Chowdhery et al. 2022, arXiv:2204.02311, sec. 5).
+        softcap: a positive number replaces the logits z by softcap · tanh(z / softcap), as Gemma 2
+            (arXiv:2408.00118, sec. 2).
+
+    Returns:
+        A scalar, or with "none" a tensor like `target`; in the dtype of `input`, and in float32
+        under autocast.  With every target ignored, "mean" is NaN, as in torch.
+
+    Raises:
+        ValueError: a wrong shape, dtype or argument.
+        IndexError: a target outside [0, C), on the CPU; on a GPU its loss is NaN.
+    """
+    dtype = input.dtype
+    input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
+    _check_options(reduction, label_smoothing, z_loss, softcap)
+    _check_tensors(input, linear_weight, target, linear_bias, weight)
+    ignored = -100 if ignore_index is None else ignore_index
+    flat = input.reshape(target.numel(), input.shape[-1]).contiguous()
+    losses = LINEAR_CROSS_ENTROPY.apply(
+        flat, linear_weight, None if linear_bias is None else linear_bias.contiguous(), target.reshape(-1),
+        None if weight is None else weight.contiguous(), ignored, float(label_smoothing), float(z_loss),
+        float(softcap or 0.0),
+    ).reshape(target.shape)  # fmt: skip
+    return reduce_losses(losses, dtype, target, weight, ignored, reduction)
+
+
+def _check_options(reduction: str, smoothing: float, z_loss: float, softcap: float | None) -> None:
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(
+            f"linear_cross_entropy: reduction is {reduction!r}, expected 'none', 'mean' or 'sum'"
+        )
+    if not 0.0 <= smoothing <= 1.0:
+        raise ValueError(f"linear_cross_entropy: label_smoothing is {smoothing}, expected a number in [0, 1]")
+    if not 0.0 <= z_loss < math.inf:
+        raise ValueError(f"linear_cross_entropy: z_loss is {z_loss}, expected a number of at least 0")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"linear_cross_entropy: softcap is {softcap}, expected a positive number or None")
+
+
+def _check_tensors(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, weight: Tensor | None
+) -> None:
+    if not input.is_floating_point() or input.dim() == 0:
+        raise ValueError(
+            f"linear_cross_entropy: input is {input.dtype} of shape {tuple(input.shape)}, expected "
+            "floating point of shape (*, D)"
+        )
+    classes = linear_weight.shape[0] if linear_weight.dim() else 0
+    if linear_weight.dim() != 2 or linear_weight.shape[1] != input.shape[-1] or not classes:
+        raise ValueError(
+            f"linear_cross_entropy: linear_weight has shape {tuple(linear_weight.shape)}, expected "
+            f"(C, {input.shape[-1]}) with at least one class"
+        )
+    if target.dtype != torch.int64:
+        raise ValueError(
+            f"linear_cross_entropy: target is {target.dtype}, expected torch.int64 class indices"
+        )
+    shapes = {
+        "target": (target, input.shape[:-1]),
+        "linear_bias": (linear_bias, (classes,)),
+        "weight": (weight, (classes,)),
+        "linear_weight": (linear_weight, linear_weight.shape),
+    }
+    for name, (t, shape) in shapes.items():
+        if t is None:
+            continue
+        if t.shape != shape:
+            raise ValueError(
+                f"linear_cross_entropy: {name} has shape {tuple(t.shape)}, expected {tuple(shape)}"
+            )
+        if t.device != input.device:
+            raise ValueError(
+                f"linear_cross_entropy: {name} is on {t.device}, expected {input.device} as input"
+            )
+        if name.startswith("linear") and t.dtype != input.dtype:
+            raise ValueError(f"linear_cross_entropy: {name} is {t.dtype}, expected {input.dtype} as input")
+    if weight is not None and weight.dtype not in (input.dtype, torch.float32):
+        raise ValueError(
+            f"linear_cross_entropy: weight is {weight.dtype}, expected {input.dtype} as input, "
+            "or torch.float32"
+        )
+
+
+def _logits(x: Tensor, head: Tensor, bias: Tensor | None, softcap: float) -> Tensor:
+    """(N, C) in the dtype of accumulation."""
+    z = F.linear(x, head, bias).to(opmath(x.dtype))
+    return softcap * (z / softcap).tanh() if softcap else z
+
+
+@register
+class LINEAR_CROSS_ENTROPY(Op):
+    """loss = (1 - ε) w[t] (lse - z[t]) + ε/C Σ_c w[c] (lse - z[c]) + ζ lse²,  z = cap(x Wᵀ + b)
+
+    lse = log Σ_c exp(z[c]) is kept as top = max z and log_total = log Σ exp(z - top), like
+    cross_entropy's; cap(z) = κ tanh(z / κ), or z without a softcap κ.
+
+    Forward is one product of 2 N C D FLOPs.  Backward is three: 2 N C D for the logits again, and
+    4 N C D for dx = dz W and dW = dzᵀ x.  Both gradients are summed in float32 and rounded once.
+    """
+
+    name = "linear_cross_entropy"
+    family = "linear_loss"
+    source = (
+        "Wijmans et al. 2024, Cut Your Losses in Large-Vocabulary Language Models, arXiv:2411.09009, sec. 4; "
+        "z-loss: Chowdhery et al. 2022, PaLM, arXiv:2204.02311, sec. 5"
+    )
+    constant = ("weight",)
+    gradients = {"x": 0, "head": 1, "bias": 2}
+    public = staticmethod(linear_cross_entropy)
+
+    @staticmethod
+    def reference(
+        x: Tensor, head: Tensor, bias: Tensor | None, target: Tensor, weight: Tensor | None,
+        ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        classes = head.shape[0]
+        check_targets("linear_cross_entropy", target, classes, ignore_index)
+        z = _logits(x, head, bias, softcap)  # (N, C)
+        kept = target != ignore_index
+        t = target.where(kept, 0)[:, None]  # (N, 1)
+        w = z.new_ones(classes) if weight is None else weight.to(z.dtype)
+        top = z.detach().amax(-1)  # (N,)
+        z = z - top[:, None]
+        log_total = z.exp().sum(-1).log()  # (N,)
+        loss = (1 - label_smoothing) * w[t[:, 0]] * (log_total - z.gather(1, t)[:, 0])
+        if label_smoothing:
+            loss = loss + label_smoothing / classes * (w * (log_total[:, None] - z)).sum(-1)
+        loss = loss + z_loss * (top + log_total).square()
+        return torch.where(kept, loss, 0.0), top, log_total
+
+    @staticmethod
+    def outputs(x, head, bias, target, weight, ignore_index, label_smoothing, z_loss, softcap):
+        loss = x.new_empty(x.shape[0], dtype=opmath(x.dtype))
+        return loss, torch.empty_like(loss), torch.empty_like(loss)
+
+    @staticmethod
+    def save(args, outs):
+        return (*args[:5], outs[1], outs[2], *args[5:])
+
+    @staticmethod
+    def replay(x, head, bias, target, weight, top, log_total, *options):
+        return x, head, bias, target, weight, *options
+
+    @staticmethod
+    def reference_bwd(
+        dloss: Tensor, x: Tensor, head: Tensor, bias: Tensor | None, target: Tensor, weight: Tensor | None,
+        top: Tensor, log_total: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
+        softcap: float, needs: list[bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        z = _logits(x, head, bias, softcap)
+        classes = head.shape[0]
+        kept = target != ignore_index
+        t = target.where(kept, 0)[:, None]
+        w = z.new_ones(classes) if weight is None else weight.to(z.dtype)
+        lse = (top + log_total)[:, None]
+        hot = (1 - label_smoothing) * w[t]  # (N, 1), the weight of the target's own term
+        smooth = label_smoothing / classes
+        dz = (z - top[:, None] - log_total[:, None]).exp() * (hot + smooth * w.sum() + 2 * z_loss * lse)
+        dz = (dz - smooth * w).scatter_add(1, t, -hot) * torch.where(kept, dloss, 0.0)[:, None]
+        if softcap:
+            dz = dz * (1 - (z / softcap).square())
+        wide, dz = dz, dz.to(x.dtype)
+        grads = dz @ head, dz.t() @ x, wide.sum(0).to(x.dtype)
+        return tuple(d if need else empty(x) for d, need in zip(grads, needs))
+
+    @staticmethod
+    def outputs_bwd(
+        dloss, x, head, bias, target, weight, top, log_total, ignore_index, label_smoothing, z_loss, softcap,
+        needs,
+    ):  # fmt: skip
+        return tuple(x.new_empty(t.shape) if need else empty(x) for t, need in zip((x, head, bias), needs))
+
+    @staticmethod
+    def flops(x, head, bias, target, weight, ignore_index, label_smoothing, z_loss, softcap):
+        return 2 * x.shape[0] * head.numel()
+
+    @staticmethod
+    def flops_bwd(
+        dloss, x, head, bias, target, weight, top, log_total, ignore_index, label_smoothing, z_loss, softcap,
+        needs,
+    ):  # fmt: skip
+        return 2 * x.shape[0] * head.numel() * (1 + needs[0] + needs[1])
+
+    @staticmethod
+    def eager(
+        input, linear_weight, target, *, linear_bias=None, weight=None, reduction="mean", ignore_index=None,
+        label_smoothing=0.0, z_loss=0.0, softcap=None,
+    ):  # fmt: skip
+        """F.linear and F.cross_entropy, which torch's own linear_cross_entropy is by default."""
+        ignored = -100 if ignore_index is None else ignore_index
+        z = F.linear(input, linear_weight, linear_bias)
+        z = softcap * (z / softcap).tanh() if softcap else z
+        z, flat = z.reshape(-1, z.shape[-1]), target.reshape(-1)
+        loss = F.cross_entropy(z, flat, weight, None, ignored, None, reduction, label_smoothing)
+        if reduction == "none":
+            loss = loss.reshape(target.shape)
+        if not z_loss:
+            return loss
+        kept = flat != ignored
+        extra = torch.where(kept, z_loss * z.logsumexp(-1).square(), 0.0)
+        if reduction == "none":
+            return loss + extra.reshape(target.shape)
+        share = kept if weight is None else kept * weight[flat.where(kept, 0)]
+        return loss + (extra.sum() / share.sum() if reduction == "mean" else extra.sum())
+
+    @staticmethod
+    def samples(make: Make) -> Iterator[Sample]:
+        def layer(n, d, c):
+            return make(n, d), make(c, d, scale=2 * max(1, d) ** -0.5), make.integers(c, n)
+
+        for n, d, c in ((9, 16, 33), (20, 37, 71), (5, 8, 300), (3, 4, 1), (1, 1, 2)):
+            yield Sample(f"{n}x{c}x{d}", layer(n, d, c), {})
+        for reduction in ("sum", "none"):
+            yield Sample(reduction, layer(9, 16, 33), {"reduction": reduction, "linear_bias": make(33)})
+        yield Sample("one row", (make(16), make(33, 16), make.integers(33)), {})
+        x, head, target = layer(12, 16, 33)
+        yield Sample("batch", (x.view(3, 4, 16), head, target.view(3, 4)), {"reduction": "none"})
+        yield Sample("weight", (x, head, target), {"weight": make(33).abs()})
+        yield Sample("smoothing", (x, head, target), {"label_smoothing": 0.1})
+        yield Sample("z-loss", (x, head, target), {"z_loss": 1e-2})
+        yield Sample("softcap", (x, head, target), {"softcap": 3.0})
+        everything = {"linear_bias": make(33), "weight": make(33).abs(), "label_smoothing": 0.2}
+        everything |= {"ignore_index": 3, "z_loss": 1e-3, "softcap": 5.0}
+        yield Sample("everything", layer(40, 8, 33), everything)
+        ignored = torch.where(make.integers(2, 12) == 1, -100, target)
+        yield Sample("some ignored", (x, head, ignored), {"reduction": "sum"})
+        yield Sample("large logits", (100 * x, head, target), {})
+        yield Sample("common offset", (x, head, target), {"linear_bias": make(33) + 256.0})
+        transposed = make(24, 16).t()[:, ::2], make(12, 33).t(), make.integers(33, 16)
+        yield Sample("transposed", transposed, {})
+        yield Sample("empty", layer(0, 16, 33), {"reduction": "sum"})
+
+    @staticmethod
+    def benchmarks(make: Make) -> Iterator[Sample]:
+        for n, c, d in ((2048, 50257, 768), (8192, 4096, 512)):
+            args = make(n, d), make(c, d, scale=d**-0.5), make.integers(c, n)
+            yield Sample(f"{n}x{c}x{d}", args, {})
+
+    @staticmethod
+    def variants(make: Make) -> Iterator[Sample]:
+        args = make(256, 768), make(50257, 768), make.integers(50257, 256)
+        kwargs = {"weight": make(50257), "linear_bias": make(50257), "z_loss": 1e-4, "softcap": 30.0}
+        yield Sample("everything", args, kwargs | {"label_smoothing": 0.1})
+
+    @staticmethod
+    def condition(input, linear_weight, target, **kwargs) -> float:
+        """The largest possible |x·w|: by it one rounding of a logit moves an exponential."""
+        if not input.numel():
+            return 0.0
+        return (input.norm(dim=-1).max() * linear_weight.norm(dim=-1).max()).item()
