@@ -1,6 +1,7 @@
 """The op table and its functions: `llmkern.ops.attention(q, k, v, is_causal=True)` and so on."""
 
 from .attention import attention
+from .decode import decode_attention
 from .dispatch import FallbackError, FallbackWarning, implementations, set_fallback, use
 from .ffn import ffn
 from .loss import cross_entropy
@@ -13,6 +14,7 @@ __all__ = [
     "FallbackWarning",
     "attention",
     "cross_entropy",
+    "decode_attention",
     "ffn",
     "implementations",
     "layer_norm",
