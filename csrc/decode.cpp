@@ -6,10 +6,11 @@
 // needs no running maximum; the chunks' numerators, sums and maxima are merged in the order of the chunks.
 // Chunks start at multiples of kChunk whatever the batch, the lengths and the threads: the same bits always.
 //
-// Work for one key of D elements and one query, in vectors of W: D / W multiply-adds with a load or half of
-// one for the scores, ~3 steps of a tree that sums W such products at once, D / W multiply-adds for the
-// values.  A core that reads 6 bytes a cycle from memory brings a vector of floats in 10 cycles, of int8 in
-// 3, with two such steps to do: one query is bound by memory, and in floats up to 4 are.
+// Work for a key and its value, D elements each, in vectors of W: 2 D / W loads that convert (1 operation
+// for float and half, 2 for bfloat16 and int8), shared by up to 4 queries; for each query 2 D / W
+// multiply-adds, 3 steps of a tree that sums W products at once and 2 of the softmax.  D = 64, W = 16: 21
+// operations for floats and one query, 55 for int8 and 4, while a core that reads 6 bytes a cycle from
+// memory brings the 512 bytes of floats in 85 cycles and the 128 of int8 in 21.
 
 #include <algorithm>
 #include <cmath>
@@ -27,6 +28,8 @@ namespace {
 
 constexpr int kChunk = 256;  // positions of a task
 constexpr int kStep = 32;    // positions whose values stay in the first cache for all queries
+constexpr int kAhead = 64;    // most positions that are asked for ahead of time
+constexpr int kAheadBytes = 4096;
 constexpr int kRows = 32;    // queries whose scores are held together
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -56,7 +59,7 @@ struct Cache {
 // The rows of a chunk, wherever they lie.
 template <class C>
 struct Rows {
-  C* row[kChunk];
+  C* row[kChunk + kAhead];
   float scale[kChunk];
 
   Rows(const Cache& cache, int64_t b, int64_t h, int64_t first, int n) {
@@ -68,7 +71,8 @@ struct Rows {
         for (int k = j; k < end; ++k) scale[k] = cache.row_scale(page, h, i + k - j);
       j = end;
     }
-    for (int j = n; j < kChunk; ++j) row[j] = row[n - 1], scale[j] = 0;
+    std::fill(row + n, row + kChunk + kAhead, row[n - 1]);  // read in vain where keys are taken together
+    std::fill(scale + n, scale + kChunk, 0.0f);
   }
 };
 
@@ -167,26 +171,33 @@ void append(const Problem& p, int64_t b, int64_t h, int64_t first, int n, float*
   }
 }
 
-// scores[r][j] = q[r] · keys[j] for R queries; rows of scores are kChunk apart.
+// Asks for `bytes` of a row that comes soon; the processor foresees neither pages nor the next chunk's row.
+inline void ask(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) prefetch_l2(static_cast<const char*>(row) + i);
+}
+
+// scores[r][j] = q[r] · keys[j] for R queries; rows of scores are kChunk apart.  Rows `ahead` are asked for.
 template <int R, class C>
-void dots(const float* q, int64_t width, int64_t dim, C* const* keys, int n, float* scores) {
+void dots(const float* q, int64_t width, int64_t dim, C* const* keys, int n, float* scores, int ahead) {
   constexpr int K = W / R;  // keys that are multiplied together: W sums, added up as a tree
   for (int j = 0; j < n; j += K, keys += K) {
-    Vec sums[W] = {};
-    const auto add = [&](int64_t d, int k) {
-      Vec key[K];
+    Vec sums[W];
 #pragma GCC unroll 16
-      for (int t = 0; t < K; ++t) key[t] = k == W ? load(keys[t] + d) : load(keys[t] + d, k);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const Vec x = load(q + r * width + d);
-#pragma GCC unroll 16
-        for (int t = 0; t < K; ++t) sums[r * K + t] = fma(x, key[t], sums[r * K + t]);
+    for (int t = 0; t < K; ++t) {  // one row after the other: the order in which memory is foreseen
+      if (ahead) ask(keys[t + ahead], dim * sizeof(C));
+      Vec sum[R] = {};
+      int64_t d = 0;
+      for (; d + W <= dim; d += W) {
+        const Vec key = load(keys[t] + d);
+        for (int r = 0; r < R; ++r) sum[r] = fma(load(q + r * width + d), key, sum[r]);
       }
-    };
-    int64_t d = 0;
-    for (; d + W <= dim; d += W) add(d, W);
-    if (d < dim) add(d, static_cast<int>(dim - d));
+      if (d < dim) {
+        const Vec key = load(keys[t] + d, static_cast<int>(dim - d));
+        for (int r = 0; r < R; ++r) sum[r] = fma(load(q + r * width + d), key, sum[r]);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sums[r * K + t] = sum[r];
+    }
     float all[W];
     store(all, sum_of_each(sums));
     for (int r = 0; r < R; ++r) std::memcpy(scores + r * kChunk + j, all + r * K, K * sizeof(float));
@@ -195,11 +206,12 @@ void dots(const float* q, int64_t width, int64_t dim, C* const* keys, int n, flo
 
 // out[r][d ..] += Σ_j p[r][j] values[j][d ..] for R queries and V vectors, the last of `k` lanes.
 template <int R, int V, class C>
-void add_values(const float* p, C* const* values, int n, int64_t d, int k, float* out, int64_t width) {
+void add_values(const float* p, C* const* values, int n, int64_t d, int k, float* out, int64_t width, int ahead) {
   Vec sums[R][V];
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < V; ++i) sums[r][i] = load(out + r * width + d + i * W);
   for (int j = 0; j < n; ++j) {
+    if (ahead) ask(values[j + ahead] + d, V * W * sizeof(C));
     Vec value[V];
 #pragma GCC unroll 4
     for (int i = 0; i < V; ++i) value[i] = V > 1 || k == W ? load(values[j] + d + i * W) : load(values[j] + d, k);
@@ -215,11 +227,11 @@ void add_values(const float* p, C* const* values, int n, int64_t d, int k, float
 }
 
 template <int R, class C>
-void values_step(const float* p, C* const* values, int n, int64_t dim, float* out, int64_t width) {
+void values_step(const float* p, C* const* values, int n, int64_t dim, float* out, int64_t width, int ahead) {
   constexpr int V = W >= 16 ? 4 : 2;
   int64_t d = 0;
-  for (; d + V * W <= dim; d += V * W) add_values<R, V>(p, values, n, d, W, out, width);
-  for (; d < dim; d += W) add_values<R, 1>(p, values, n, d, lanes(d, dim), out, width);
+  for (; d + V * W <= dim; d += V * W) add_values<R, V>(p, values, n, d, W, out, width, ahead);
+  for (; d < dim; d += W) add_values<R, 1>(p, values, n, d, lanes(d, dim), out, width, ahead);
 }
 
 // Calls body(row, R{}) for tiles of 4, 2 and 1 rows.
@@ -274,7 +286,10 @@ void run_chunk(const Problem& p, int64_t b, int64_t h, int64_t first, int n, flo
   Buffer scratch((kRows * (p.width + kChunk) + p.width) * sizeof(float));
   float *q = scratch.as<float>(), *scores = q + kRows * p.width;
   if (p.key) append<C>(p, b, h, first, n, scores + kRows * kChunk);
-  const Rows<C> keys(p.k, b, h, first, n), values(p.v, b, h, first, n);
+  const int ahead = static_cast<int>(std::clamp<int64_t>(kAheadBytes / (p.dim * sizeof(C)), 1, kAhead));
+  Rows<C> keys(p.k, b, h, first, n);
+  const Rows<C> values(p.v, b, h, first, n);
+  if (n == kChunk) std::copy_n(values.row, kAhead, keys.row + n);  // after the keys come the values
   for (int64_t row = 0; row < p.rows; row += kRows) {
     const int rows = static_cast<int>(std::min<int64_t>(kRows, p.rows - row));
     for (int r = 0; r < rows; ++r) {
@@ -286,7 +301,7 @@ void run_chunk(const Problem& p, int64_t b, int64_t h, int64_t first, int n, flo
     }
     row_tiles(rows, [&](int r, auto count) {
       constexpr int R = decltype(count)::value;
-      dots<R>(q + r * p.width, p.width, p.dim, keys.row, n, scores + r * kChunk);
+      dots<R>(q + r * p.width, p.width, p.dim, keys.row, n, scores + r * kChunk, r ? 0 : ahead);
     });
     for (int r = 0; r < rows; ++r) {
       const int64_t head = h * p.group + (row + r) / p.s_q, at = p.position(b, (row + r) % p.s_q) - first;
@@ -297,11 +312,12 @@ void run_chunk(const Problem& p, int64_t b, int64_t h, int64_t first, int n, flo
               static_cast<float>(-at), keys, values, Partial(partial, row + r, p.width));
       std::fill_n(Partial(partial, row + r, p.width).out, p.width, 0.0f);
     }
-    for (int j = 0; j < n; j += kStep)
+    for (int j = 0; j < n; j += kStep) {
       row_tiles(rows, [&](int r, auto count) {
         values_step<decltype(count)::value>(scores + r * kChunk + j, values.row + j, std::min(kStep, n - j),
-                                            p.dim, Partial(partial, row + r, p.width).out, p.width + W);
+                                            p.dim, Partial(partial, row + r, p.width).out, p.width + W, r ? 0 : ahead);
       });
+    }
   }
 }
 

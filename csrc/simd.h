@@ -356,9 +356,9 @@ void transpose(Vec (&r)[W]) {
   if constexpr (S > 1) transpose<S / 2>(r);
 }
 
-// Lane i of the result is the sum of the lanes of r[i]; r is used up.
+// Lane i of the result is the sum of the lanes of r[i]; r is used up.  Inlined, so that r stays in registers.
 template <int S = W / 2>
-Vec sum_of_each(Vec (&r)[W]) {
+__attribute__((always_inline)) inline Vec sum_of_each(Vec (&r)[W]) {
 #pragma GCC unroll 8
   for (int i = 0; i < S; ++i) {
     swap_blocks<S>(r[i], r[i + S], std::make_integer_sequence<int, W>{});
@@ -369,6 +369,7 @@ Vec sum_of_each(Vec (&r)[W]) {
 }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Calls body(T{}) with the C++ type of a floating dtype.
 template <class Body>
