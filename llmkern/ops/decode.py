@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import decode_samples
 from .op import Make, Op, Sample, opmath, register
 
 MAX_HEAD_DIM = 256  # of the Triton kernel
@@ -310,19 +311,18 @@ class DECODE_ATTENTION(Op):
 
     @staticmethod
     def samples(make: Make) -> Iterator[Sample]:
-        yield from _samples(make)
+        yield from decode_samples.samples(make)
 
     @staticmethod
     def benchmarks(make: Make) -> Iterator[Sample]:
-        for batch, heads, kv_heads, length, dim in ((1, 12, 12, 4096, 64), (4, 32, 8, 4096, 128)):
-            caches = (make(batch, kv_heads, length, dim) for _ in range(2))
-            new = (make(batch, kv_heads, 1, dim) for _ in range(2))
-            seqlens = torch.full((batch,), length - 1, dtype=torch.int32, device=make.device)
-            label = f"{batch}x{heads}/{kv_heads}x{length}x{dim}"
-            yield Sample(label, (make(batch, heads, 1, dim), *caches, seqlens, *new), {})
+        yield from decode_samples.benchmarks(make)
 
     @staticmethod
-    def condition(query, k_cache, v_cache, cache_seqlens, key=None, *args, scale=None, k_scale=None, **kwargs):
+    def variants(make: Make) -> Iterator[Sample]:
+        yield from decode_samples.variants(make)
+
+    @staticmethod
+    def condition(query, k_cache, v_cache, seqlens, key=None, *args, scale=None, k_scale=None, **kwargs):
         """The largest |q||k| scale: how far one rounding of the scores can move an exponential."""
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else abs(scale)
         keys = _read(k_cache, k_scale, None, torch.float64)
@@ -356,14 +356,17 @@ def _positions(
     return (total - s_q)[:, None] + torch.arange(s_q, device=q.device), total
 
 
-def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor, interleaved: bool) -> Tensor:
+def _rotate(
+    x: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor, interleaved: bool
+) -> Tensor:
     """(a, b) to (a cos - b sin, b cos + a sin), for pairs (a, b) of the rotary elements of x (B, H, S, D)."""
     if cos is None:
         return x
     rotary = 2 * cos.shape[1]
+    shape, axis = ((-1, 2), -1) if interleaved else ((2, -1), -2)
+    a, b = x[..., :rotary].unflatten(-1, shape).unbind(axis)
     c, s = (t[positions.clamp(min=0)][:, None] for t in (cos, sin))  # (B, 1, S, R / 2)
-    a, b = x[..., :rotary].unflatten(-1, (-1, 2) if interleaved else (2, -1)).unbind(-1 if interleaved else -2)
-    rotated = torch.stack((a * c - b * s, b * c + a * s), dim=-1 if interleaved else -2).flatten(-2)
+    rotated = torch.stack((a * c - b * s, b * c + a * s), dim=axis).flatten(-2)
     return torch.cat((rotated, x[..., rotary:]), dim=-1)
 
 
@@ -393,69 +396,3 @@ def _read(cache: Tensor, scale: Tensor | None, table: Tensor | None, dtype: torc
         table = table.long().clamp(0, len(cache) - 1)  # what no position uses may be anything
         cache = cache[table].transpose(1, 2).flatten(2, 3)  # (B, max_blocks, H_kv, block_size, D)
     return cache.to(dtype)
-
-
-def _samples(make: Make) -> Iterator[Sample]:
-    def inputs(b, h, h_kv, s_max, d, seqlens, s_q=1, new=True):
-        caches = make(b, h_kv, s_max, d), make(b, h_kv, s_max, d)
-        tokens = (make(b, h_kv, s_q, d), make(b, h_kv, s_q, d)) if new else ()
-        lengths = torch.tensor(seqlens, dtype=torch.int32, device=make.device)
-        return make(b, h, s_q, d), *caches, lengths, *tokens
-
-    def rope(positions, half):
-        angles = torch.outer(torch.arange(positions), 10000.0 ** (-torch.arange(half) / half))
-        return {"cos": angles.cos().to(make.device), "sin": angles.sin().to(make.device)}
-
-    def paged(b, h, h_kv, blocks, size, d, seqlens, s_q=1):
-        """The pages of the sequences lie in odd order; the table's unused entries are nonsense."""
-        q, _, _, lengths, *tokens = inputs(b, h, h_kv, 0, d, seqlens, s_q)
-        pages = b * blocks
-        table = (torch.arange(pages) * 7 % pages if pages % 7 else torch.arange(pages).flip(0)).view(b, blocks)
-        unused = torch.arange(blocks) * size >= torch.tensor(seqlens)[:, None] + s_q
-        table = table.masked_fill(unused, -5).to(make.device, torch.int32)
-        return (q, make(pages, h_kv, size, d), make(pages, h_kv, size, d), lengths, *tokens), {
-            "block_table": table
-        }
-
-    def quantised(args, **kwargs):
-        q, k, v, *rest = args
-        pairs = []
-        for cache in (k.float(), v.float()):
-            scales = (cache.abs().amax(-1) / 127).to(opmath(make.dtype))
-            pairs.append(((cache / scales[..., None]).round().to(torch.int8), scales))
-        (k, k_scale), (v, v_scale) = pairs
-        return (q, k, v, *rest), {"k_scale": k_scale, "v_scale": v_scale, **kwargs}
-
-    lse = {"return_lse": True}
-    yield Sample("one token", inputs(2, 4, 2, 70, 16, (33, 69)), lse)
-    yield Sample("one token, paged", *paged(3, 4, 2, 5, 16, 16, (7, 79, 40)))
-    yield Sample("rope", inputs(2, 4, 2, 40, 16, (17, 39)), rope(40, 8))
-    yield Sample("int8", *quantised(inputs(2, 4, 2, 40, 16, (17, 39)), **lse))
-    yield Sample("rope, interleaved and partial", inputs(1, 2, 1, 20, 24, (9,), s_q=3),
-                 rope(20, 4) | {"interleaved": True})  # fmt: skip
-    yield Sample("int8, rope, paged", *_merge(quantised, paged(2, 4, 1, 3, 8, 32, (11, 20), 2), rope(24, 16)))
-    yield Sample("no new token", inputs(2, 2, 2, 30, 16, (30, 5), new=False), lse)
-    yield Sample("no new token, several queries", inputs(2, 2, 1, 30, 16, (20, 2), 4, new=False), lse)
-    yield Sample("empty cache", inputs(2, 3, 3, 16, 16, (0, 0), new=False), lse)
-    yield Sample("first token", inputs(1, 2, 2, 16, 16, (0,)), {})
-    yield Sample("several tokens", inputs(2, 6, 2, 64, 16, (3, 59), s_q=5), lse)
-    yield Sample("more than a chunk", inputs(1, 2, 1, 600, 16, (599,)), lse)
-    yield Sample("prime sizes", inputs(3, 3, 3, 67, 37, (66, 1, 31)), lse)
-    yield Sample("one head of 12", inputs(1, 12, 1, 48, 8, (41,)), {})
-    yield Sample("head dim 1", inputs(1, 1, 1, 9, 1, (7,)), {})
-    yield Sample("window", inputs(2, 2, 1, 300, 16, (290, 3), s_q=2), {"window": (8, 0), **lse})
-    yield Sample("softcap", inputs(1, 2, 2, 40, 16, (30,)), {"softcap": 5.0, **lse})
-    slopes = torch.tensor((0.5, 0.25), device=make.device)
-    yield Sample("alibi", inputs(2, 2, 1, 40, 16, (30, 8), s_q=2), {"alibi_slopes": slopes, **lse})
-    yield Sample("sinks", inputs(2, 2, 1, 40, 16, (0, 20), new=False), {"sinks": make(2), **lse})
-    yield Sample("scale", inputs(1, 2, 2, 20, 16, (12,)), {"scale": -0.7})
-    yield Sample("empty batch", inputs(0, 2, 2, 20, 16, ()), {})
-    token_major = tuple(make(2, 40, 2, 16).transpose(1, 2) for _ in range(2))
-    q, _, _, lengths, *tokens = inputs(2, 4, 2, 1, 16, (20, 39))
-    yield Sample("token-major cache", (q, *token_major, lengths.long(), *tokens), {})
-
-
-def _merge(quantised, paged, more):
-    """A paged sample with int8 caches and further arguments."""
-    args, kwargs = paged
-    return quantised(args, **kwargs, **more)
