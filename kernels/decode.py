@@ -32,8 +32,6 @@ def decode_attention_fwd(
     A sequence whose lengths or pages do not fit the cache writes nothing and gives NaN.
     """
     batch, heads, s_q, dim = q.shape
-    if not lse.numel():
-        return
     kv_heads = k_cache.shape[1]
     block_d = fit(dim, 16, 256)
     most = k_cache.shape[2] * (1 if block_table is None else block_table.shape[1])
@@ -42,7 +40,7 @@ def decode_attention_fwd(
     pages = k_cache.shape[0], k_cache.shape[2], block_table, table_stride
     rope = cos, sin, *((0, 0) if cos is None else (cos.stride(0), sin.stride(0)))
     half = 0 if cos is None else cos.shape[1]
-    if key is not None:
+    if key is not None and key.numel():
         tokens = fit(s_q, 1, config.DECODE_TOKENS)
         launch(
             _append_kernel, q, (batch * kv_heads * triton.cdiv(s_q, tokens),),
@@ -51,6 +49,8 @@ def decode_attention_fwd(
             *_strides(k_scale), *_strides(v_scale), kv_heads, s_q, *length,
             half, interleaved, dim, block_d, tokens, warps=config.warps(tokens * block_d),
         )  # fmt: skip
+    if not lse.numel():
+        return
     rows = heads // kv_heads * s_q
     tile = config.DECODE[q.element_size(), block_d]
     block_m = fit(rows, 16, tile.rows)
@@ -88,12 +88,12 @@ def _length(seqlens, b, new, most):
 
 @triton.jit
 def _place(b, positions, mask, pages, table, table_b, PAGE: tl.constexpr):
-    """(page, row of it, whether there is such a page); without a table, page b is sequence b."""
+    """(page, row of it, whether there is such a page), 64 bits; without a table, page b is sequence b."""
     if table is not None:
         page = tl.load(table + b * table_b + positions // PAGE, mask=mask, other=0).to(tl.int64)
-        return page, positions % PAGE, (page >= 0) & (page < pages)
+        return page, (positions % PAGE).to(tl.int64), (page >= 0) & (page < pages)
     else:
-        return b + tl.zeros_like(positions), positions, positions >= 0
+        return b + tl.zeros_like(positions), positions.to(tl.int64), positions >= 0
 
 
 @triton.jit
@@ -130,6 +130,7 @@ def _write(values, to, scale, ok, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
         tl.store(scale, row_scale, mask=ok)
         values = tl.div_rn(values, tl.maximum(row_scale, _TINY) + tl.zeros_like(values))
         values = (values + _TO_INTEGER) - _TO_INTEGER
+        values = tl.where(values == values, values, 0.0)  # its scale makes NaN of it
     tl.store(to + dims, values.to(to.dtype.element_ty), mask=ok & (dims < DIM))
 
 
@@ -208,7 +209,7 @@ def _split_kernel(
     real = rows < group * s_q
     head, i = h * group + rows // s_q, rows % s_q
     positions = length - s_q + i
-    x = q + b * q_b + head * q_h + i * q_s
+    x = q + b * q_b + head * q_h + i.to(tl.int64) * q_s
     queries = _rotated(
         x[:, None], real[:, None], positions[:, None], cos, sin, cos_s, sin_s, HALF, INTERLEAVED, DIM, BLOCK_D
     ).to(q.dtype.element_ty)
@@ -291,8 +292,9 @@ def _merge_kernel(
     dims = tl.arange(0, BLOCK_D)
     parts = tl.load(partial + at[:, None] * BLOCK_D + dims[None, :], mask=used[:, None], other=0.0)
     acc = tl.sum(parts * factors[:, None], 0)
-    share = tl.where(total == 0.0, 0.0, 1.0 / total)
+    nothing = total == 0.0
+    total = tl.where(nothing, 1.0, total)
     bad = tl.where(length < 0, float("nan"), 0.0)
     to = out + b * out_b + h * out_h + i * out_s + dims
-    tl.store(to, (acc * share + bad).to(out.dtype.element_ty), mask=dims < DIM)
-    tl.store(lse + index, tl.where(total == 0.0, float("-inf"), (top + tl.log2(total)) * _LN2) + bad)
+    tl.store(to, (acc / total + bad).to(out.dtype.element_ty), mask=dims < DIM)
+    tl.store(lse + index, tl.where(nothing, float("-inf"), (top + tl.log2(total)) * _LN2) + bad)
