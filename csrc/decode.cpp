@@ -7,10 +7,10 @@
 // Chunks start at multiples of kChunk whatever the batch, the lengths and the threads: the same bits always.
 //
 // Work for a key and its value, D elements each, in vectors of W: 2 D / W loads that convert (1 operation
-// for float and half, 2 for bfloat16 and int8), shared by up to 4 queries; for each query 2 D / W
-// multiply-adds, 3 steps of a tree that sums W products at once and 2 of the softmax.  D = 64, W = 16: 21
-// operations for floats and one query, 55 for int8 and 4, while a core that reads 6 bytes a cycle from
-// memory brings the 512 bytes of floats in 85 cycles and the 128 of int8 in 21.
+// for float and half, 2 for int8), shared by up to 4 queries; for each query 2 D / W multiply-adds, half as
+// many where the processor multiplies pairs of bfloat16, 3 steps of a tree that sums W products at once and
+// 2 of the softmax.  D = 64, W = 16, one query: 21 operations for floats, 29 for int8, while a core that reads
+// 6 bytes a cycle from memory brings the 512 bytes of floats in 85 cycles and the 128 of int8 in 21.
 
 #include <algorithm>
 #include <cmath>
@@ -19,22 +19,16 @@
 #include <type_traits>
 
 #include "buffer.h"
-#include "simd.h"
+#include "decode.h"
 #include "threads.h"
 
 namespace llmkern {
 namespace decode {
 namespace {
 
-constexpr int kChunk = 256;  // positions of a task
-constexpr int kStep = 32;    // positions whose values stay in the first cache for all queries
-constexpr int kAhead = 64;    // most positions that are asked for ahead of time
-constexpr int kAheadBytes = 4096;
-constexpr int kRows = 32;    // queries whose scores are held together
+constexpr int kStep = 32;  // positions whose values stay in the first cache for all queries
+constexpr int kRows = 32;  // queries whose scores are held together
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int lanes(int64_t i, int64_t end) { return static_cast<int>(std::min<int64_t>(W, end - i)); }
 
 // Keys or values of all sequences, and the scales of int8.
 struct Cache {
@@ -79,7 +73,7 @@ struct Rows {
 struct Problem {
   Tensor q, key, value, seqlens, cos, sin, alibi, sinks;
   Cache k, v;
-  int64_t batch, heads, kv_heads, group, s_q, dim, width, rows;  // width: dim rounded up to vectors
+  int64_t batch, heads, kv_heads, group, s_q, dim, width, rows;  // width: dim rounded up to pairs of vectors
   bool interleaved;
   float scale, softcap;
   OptionalInt left;
@@ -171,69 +165,6 @@ void append(const Problem& p, int64_t b, int64_t h, int64_t first, int n, float*
   }
 }
 
-// Asks for `bytes` of a row that comes soon; the processor foresees neither pages nor the next chunk's row.
-inline void ask(const void* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) prefetch_l2(static_cast<const char*>(row) + i);
-}
-
-// scores[r][j] = q[r] · keys[j] for R queries; rows of scores are kChunk apart.  Rows `ahead` are asked for.
-template <int R, class C>
-void dots(const float* q, int64_t width, int64_t dim, C* const* keys, int n, float* scores, int ahead) {
-  constexpr int K = W / R;  // keys that are multiplied together: W sums, added up as a tree
-  for (int j = 0; j < n; j += K, keys += K) {
-    Vec sums[W];
-#pragma GCC unroll 16
-    for (int t = 0; t < K; ++t) {  // one row after the other: the order in which memory is foreseen
-      if (ahead) ask(keys[t + ahead], dim * sizeof(C));
-      Vec sum[R] = {};
-      int64_t d = 0;
-      for (; d + W <= dim; d += W) {
-        const Vec key = load(keys[t] + d);
-        for (int r = 0; r < R; ++r) sum[r] = fma(load(q + r * width + d), key, sum[r]);
-      }
-      if (d < dim) {
-        const Vec key = load(keys[t] + d, static_cast<int>(dim - d));
-        for (int r = 0; r < R; ++r) sum[r] = fma(load(q + r * width + d), key, sum[r]);
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sums[r * K + t] = sum[r];
-    }
-    float all[W];
-    store(all, sum_of_each(sums));
-    for (int r = 0; r < R; ++r) std::memcpy(scores + r * kChunk + j, all + r * K, K * sizeof(float));
-  }
-}
-
-// out[r][d ..] += Σ_j p[r][j] values[j][d ..] for R queries and V vectors, the last of `k` lanes.
-template <int R, int V, class C>
-void add_values(const float* p, C* const* values, int n, int64_t d, int k, float* out, int64_t width, int ahead) {
-  Vec sums[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int i = 0; i < V; ++i) sums[r][i] = load(out + r * width + d + i * W);
-  for (int j = 0; j < n; ++j) {
-    if (ahead) ask(values[j + ahead] + d, V * W * sizeof(C));
-    Vec value[V];
-#pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) value[i] = V > 1 || k == W ? load(values[j] + d + i * W) : load(values[j] + d, k);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Vec weight = set(p[r * kChunk + j]);
-#pragma GCC unroll 4
-      for (int i = 0; i < V; ++i) sums[r][i] = fma(weight, value[i], sums[r][i]);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int i = 0; i < V; ++i) store(out + r * width + d + i * W, sums[r][i]);
-}
-
-template <int R, class C>
-void values_step(const float* p, C* const* values, int n, int64_t dim, float* out, int64_t width, int ahead) {
-  constexpr int V = W >= 16 ? 4 : 2;
-  int64_t d = 0;
-  for (; d + V * W <= dim; d += V * W) add_values<R, V>(p, values, n, d, W, out, width, ahead);
-  for (; d < dim; d += W) add_values<R, 1>(p, values, n, d, lanes(d, dim), out, width, ahead);
-}
-
 // Calls body(row, R{}) for tiles of 4, 2 and 1 rows.
 template <class Body>
 void row_tiles(int rows, const Body& body) {
@@ -275,7 +206,7 @@ void softmax(const Problem& p, float* scores, int n, int low, int high, float sl
   for (int j = 0; j < end; j += W) {
     const Vec weight = softmax_exp(load(scores + j) - base);
     total += weight;
-    store(scores + j, int8 ? weight * load(values.scale + j) : weight);
+    Units<C>::put(scores, j, int8 ? weight * load(values.scale + j) : weight);
   }
   *to.total = sum(total);
 }
@@ -297,11 +228,11 @@ void run_chunk(const Problem& p, int64_t b, int64_t h, int64_t first, int n, flo
       float* to = q + r * p.width;
       read_row(p.q, b, head, i, p.width, to);
       rotate(p, p.position(b, i), to);
-      for (int64_t d = 0; d < p.width; d += W) store(to + d, load(to + d) * p.scale);
+      for (int64_t d = 0; d < p.width; d += W) Units<C>::put(to, d, load(to + d));
     }
     row_tiles(rows, [&](int r, auto count) {
       constexpr int R = decltype(count)::value;
-      dots<R>(q + r * p.width, p.width, p.dim, keys.row, n, scores + r * kChunk, r ? 0 : ahead);
+      dots<R>(q + r * p.width, p.width, p.dim, keys.row, n, p.scale, scores + r * kChunk, r ? 0 : ahead);
     });
     for (int r = 0; r < rows; ++r) {
       const int64_t head = h * p.group + (row + r) / p.s_q, at = p.position(b, (row + r) % p.s_q) - first;
@@ -314,7 +245,7 @@ void run_chunk(const Problem& p, int64_t b, int64_t h, int64_t first, int n, flo
     }
     for (int j = 0; j < n; j += kStep) {
       row_tiles(rows, [&](int r, auto count) {
-        values_step<decltype(count)::value>(scores + r * kChunk + j, values.row + j, std::min(kStep, n - j),
+        values_step<decltype(count)::value>(scores + r * kChunk + j / Units<C>::depth, values.row + j, std::min(kStep, n - j),
                                             p.dim, Partial(partial, row + r, p.width).out, p.width + W, r ? 0 : ahead);
       });
     }
@@ -381,7 +312,7 @@ void decode_attention_fwd(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache
   const decode::Problem problem{
       q, key, value, cache_seqlens, cos, sin, alibi_slopes, sinks,
       decode::Cache(k_cache, k_scale, block_table), decode::Cache(v_cache, v_scale, block_table),
-      q.size[0], q.size[1], k_cache.size[1], group, q.size[2], dim, decode::ceil_div(dim, W) * W,
+      q.size[0], q.size[1], k_cache.size[1], group, q.size[2], dim, decode::ceil_div(dim, 2 * W) * 2 * W,
       group * q.size[2], interleaved, static_cast<float>(scale), static_cast<float>(softcap), left};
   problem.check();
   if (k_cache.dtype == DType::i8) return decode::forward<int8_t>(problem, out, lse);

@@ -327,9 +327,19 @@ inline Vec round_to_zipped_pairs(Vec a, Vec b) {
   for (int i = 0; i < 32; ++i) order[i] = i / 2 + i % 2 * W;
   return (Vec)_mm512_permutexvar_epi16((__m512i)order, (__m512i)round_to_pairs(a, b));
 }
+inline __m512i zip(__m512i a, __m512i b, int first) {
+  short order __attribute__((vector_size(64)));
+  for (int i = 0; i < 32; ++i) order[i] = first + i / 2 + i % 2 * 32;
+  return _mm512_permutex2var_epi16(a, (__m512i)order, b);
+}
+// The pairs (a0, b0) (a1, b1) .. of two vectors of bfloat16, their first halves or their second.
+inline Vec zip_first(Vec a, Vec b) { return (Vec)zip((__m512i)a, (__m512i)b, 0); }
+inline Vec zip_second(Vec a, Vec b) { return (Vec)zip((__m512i)a, (__m512i)b, W); }
 #else
 // never called, see has_bf16_dot
 inline Vec dot(Vec, Vec, Vec acc) { return acc; }
+inline Vec zip_first(Vec a, Vec) { return a; }
+inline Vec zip_second(Vec a, Vec) { return a; }
 inline Vec round_to_pairs(Vec, Vec) { return Vec{}; }
 inline Vec round_to_zipped_pairs(Vec, Vec) { return Vec{}; }
 #endif
