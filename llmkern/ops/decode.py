@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import decode_cache as cache
 from . import decode_samples
 from .op import Make, Op, Sample, opmath, register
 
 MAX_HEAD_DIM = 256  # of the Triton kernel
-TINY = 2.0**-126  # the smallest scale that int8 values are divided by
 
 
 def decode_attention(
@@ -166,19 +166,19 @@ def _check_rope(q: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
             )
 
 
-def _check_scales(cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+def _check_scales(k_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
     for name, t in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if (t is None) == (cache.dtype == torch.int8):
+        if (t is None) == (k_cache.dtype == torch.int8):
             raise ValueError(
                 f"decode_attention: {name} is {'missing' if t is None else 'given'} and k_cache is "
-                f"{cache.dtype}, expected scales for torch.int8 and only for it"
+                f"{k_cache.dtype}, expected scales for torch.int8 and only for it"
             )
         if t is not None:
-            _require(t.shape == cache.shape[:3], name, t, f"{tuple(cache.shape[:3])} as k_cache")
-            if t.dtype not in (torch.float32, torch.float64) or t.device != cache.device:
+            _require(t.shape == k_cache.shape[:3], name, t, f"{tuple(k_cache.shape[:3])} as k_cache")
+            if t.dtype not in (torch.float32, torch.float64) or t.device != k_cache.device:
                 raise ValueError(
                     f"decode_attention: {name} is {t.dtype} on {t.device}, expected torch.float32 on "
-                    f"{cache.device}"
+                    f"{k_cache.device}"
                 )
 
 
@@ -221,14 +221,14 @@ class DECODE_ATTENTION(Op):
         softcap: float, alibi_slopes: Tensor | None, sinks: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         f = opmath(q.dtype)
-        positions, total = _positions(q, k_cache, cache_seqlens, key, block_table, cos)
-        queries = _rotate(q.to(f), cos, sin, positions, interleaved)
+        positions, total = cache.positions(q, k_cache, cache_seqlens, key, block_table, cos)
+        queries = cache.rotate(q.to(f), cos, sin, positions, interleaved)
         if key is not None:
-            place = _place(positions, k_cache, block_table)
-            _write(k_cache, k_scale, place, _rotate(key.to(f), cos, sin, positions, interleaved))
-            _write(v_cache, v_scale, place, value.to(f))
-        k = _read(k_cache, k_scale, block_table, f)  # (B, H_kv, S, D)
-        v = _read(v_cache, v_scale, block_table, f)
+            place = cache.place(positions, k_cache, block_table)
+            cache.write(k_cache, k_scale, place, cache.rotate(key.to(f), cos, sin, positions, interleaved))
+            cache.write(v_cache, v_scale, place, value.to(f))
+        k = cache.read(k_cache, k_scale, block_table, f)  # (B, H_kv, S, D)
+        v = cache.read(v_cache, v_scale, block_table, f)
         groups = (k.shape[1], q.shape[1] // k.shape[1])
         s = scale * (queries.unflatten(1, groups) @ k[:, :, None].transpose(-1, -2)).flatten(1, 2)
         if softcap > 0:
@@ -279,14 +279,14 @@ class DECODE_ATTENTION(Op):
     ):  # fmt: skip
         first = cache_seqlens.long() - (query.shape[2] if key is None else 0)
         positions = first[:, None] + torch.arange(query.shape[2], device=query.device)
-        query = _rotate(query, cos, sin, positions, interleaved).to(query.dtype)
+        query = cache.rotate(query, cos, sin, positions, interleaved).to(query.dtype)
         if key is not None:
-            place = _place(positions, k_cache, block_table)
-            _write(k_cache, k_scale, place, _rotate(key, cos, sin, positions, interleaved))
-            _write(v_cache, v_scale, place, value)
+            place = cache.place(positions, k_cache, block_table)
+            cache.write(k_cache, k_scale, place, cache.rotate(key, cos, sin, positions, interleaved))
+            cache.write(v_cache, v_scale, place, value)
         k, v = (
-            _read(cache, cache_scale, block_table, query.dtype)
-            for cache, cache_scale in ((k_cache, k_scale), (v_cache, v_scale))
+            cache.read(part, part_scale, block_table, query.dtype)
+            for part, part_scale in ((k_cache, k_scale), (v_cache, v_scale))
         )
         scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
         group = query.shape[1] // k.shape[1]
@@ -325,74 +325,7 @@ class DECODE_ATTENTION(Op):
     def condition(query, k_cache, v_cache, seqlens, key=None, *args, scale=None, k_scale=None, **kwargs):
         """The largest |q||k| scale: how far one rounding of the scores can move an exponential."""
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else abs(scale)
-        keys = _read(k_cache, k_scale, None, torch.float64)
+        keys = cache.read(k_cache, k_scale, None, torch.float64)
         norms = [t.double().norm(dim=-1) for t in (query, keys, keys if key is None else key)]
         query_norm, *key_norms = (n.max().item() if n.numel() else 0.0 for n in norms)
         return query_norm * max(key_norms) * scale
-
-
-def _positions(
-    q: Tensor, cache: Tensor, seqlens: Tensor, key: Tensor | None, table: Tensor | None, cos: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The queries' positions (B, S_q), and how many tokens each sequence has now (B,); both int64."""
-    s_q = q.shape[2]
-    total = seqlens.long() + (0 if key is None else s_q)
-    most = cache.shape[2] * (1 if table is None else table.shape[1])
-    most = most if cos is None else min(most, cos.shape[0])
-    bad = (seqlens < 0) | (total > most)
-    if bad.any():
-        raise ValueError(
-            f"decode_attention: cache_seqlens has {int(seqlens[bad][0])}, with "
-            f"{0 if key is None else s_q} new tokens, expected 0 to {most} in all"
-        )
-    if table is not None:
-        used = torch.arange(table.shape[1], device=q.device) * cache.shape[2] < total[:, None]
-        wrong = used & ((table < 0) | (table >= cache.shape[0]))
-        if wrong.any():
-            raise ValueError(
-                f"decode_attention: block_table has {int(table[wrong][0])}, expected 0 to "
-                f"{cache.shape[0] - 1}"
-            )
-    return (total - s_q)[:, None] + torch.arange(s_q, device=q.device), total
-
-
-def _rotate(
-    x: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor, interleaved: bool
-) -> Tensor:
-    """(a, b) to (a cos - b sin, b cos + a sin), for pairs (a, b) of the rotary elements of x (B, H, S, D)."""
-    if cos is None:
-        return x
-    rotary = 2 * cos.shape[1]
-    shape, axis = ((-1, 2), -1) if interleaved else ((2, -1), -2)
-    a, b = x[..., :rotary].unflatten(-1, shape).unbind(axis)
-    c, s = (t[positions.clamp(min=0)][:, None] for t in (cos, sin))  # (B, 1, S, R / 2)
-    rotated = torch.stack((a * c - b * s, b * c + a * s), dim=axis).flatten(-2)
-    return torch.cat((rotated, x[..., rotary:]), dim=-1)
-
-
-def _place(positions: Tensor, cache: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(page, row) of each position (B, S); without a table, page b is sequence b."""
-    size = cache.shape[2]
-    if table is None:
-        return torch.arange(len(positions), device=cache.device)[:, None].expand_as(positions), positions
-    return table.long().gather(1, positions // size), positions % size
-
-
-def _write(cache: Tensor, scale: Tensor | None, place: tuple[Tensor, Tensor], new: Tensor) -> None:
-    """Put new tokens, (B, H_kv, S, D), at their places."""
-    pages, rows = place
-    if scale is not None:
-        token_scale = new.abs().amax(-1) / 127  # (B, H_kv, S)
-        new = (new / token_scale.clamp(min=TINY)[..., None]).round()
-        scale[pages, :, rows] = token_scale.transpose(1, 2).to(scale.dtype)
-    cache[pages, :, rows] = new.transpose(1, 2).to(cache.dtype)
-
-
-def _read(cache: Tensor, scale: Tensor | None, table: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The cache as (B, H_kv, S, D) in `dtype`: pages in order, int8 times its scales."""
-    if scale is not None:
-        cache = cache.to(opmath(dtype)) * scale[..., None]
-    if table is not None:
-        table = table.long().clamp(0, len(cache) - 1)  # what no position uses may be anything
-        cache = cache[table].transpose(1, 2).flatten(2, 3)  # (B, max_blocks, H_kv, block_size, D)
-    return cache.to(dtype)
