@@ -133,6 +133,17 @@ inline Vec load(const float* p) {
 }
 inline Vec load(const bf16* p) { return widen(p); }
 inline Vec load(const f16* p) { return widen(p); }
+inline Vec load(const int8_t* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  Vec v;
+  for (int i = 0; i < W; ++i) v[i] = p[i];
+  return v;
+#endif
+}
 inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
 inline void store(bf16* p, Vec x) { narrow(p, x); }
 inline void store(f16* p, Vec x) { narrow(p, x); }
@@ -281,6 +292,18 @@ inline Vec softmax_exp(Vec x) {
   return scale_by_power(fma(p, r, set(1.0f)), n);
 }
 
+// tanh to 2 ulp: near 0, where 1 - 2 / (e^2x + 1) loses digits, an odd polynomial (Moshier 1992, Cephes).
+inline Vec tanh(Vec x) {
+  const Vec a = floats(bits(x) & 0x7fffffff), z = x * x;
+  Vec p = set(-5.70498872745e-3f);
+  p = fma(p, z, set(2.06390887954e-2f));
+  p = fma(p, z, set(-5.37397155531e-2f));
+  p = fma(p, z, set(1.33314422036e-1f));
+  p = fma(p, z, set(-3.33332819422e-1f));
+  const Vec far = 1.0f - 2.0f / (exp(2.0f * a) + 1.0f);
+  return a < 0.625f ? fma(p * z, x, x) : x < 0.0f ? -far : far;
+}
+
 inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
 
 // ---- pairs of bfloat16 for the dot instruction -------------------------------------------------
@@ -304,9 +327,19 @@ inline Vec round_to_zipped_pairs(Vec a, Vec b) {
   for (int i = 0; i < 32; ++i) order[i] = i / 2 + i % 2 * W;
   return (Vec)_mm512_permutexvar_epi16((__m512i)order, (__m512i)round_to_pairs(a, b));
 }
+inline __m512i zip(__m512i a, __m512i b, int first) {
+  short order __attribute__((vector_size(64)));
+  for (int i = 0; i < 32; ++i) order[i] = first + i / 2 + i % 2 * 32;
+  return _mm512_permutex2var_epi16(a, (__m512i)order, b);
+}
+// The pairs (a0, b0) (a1, b1) .. of two vectors of bfloat16, their first halves or their second.
+inline Vec zip_first(Vec a, Vec b) { return (Vec)zip((__m512i)a, (__m512i)b, 0); }
+inline Vec zip_second(Vec a, Vec b) { return (Vec)zip((__m512i)a, (__m512i)b, W); }
 #else
 // never called, see has_bf16_dot
 inline Vec dot(Vec, Vec, Vec acc) { return acc; }
+inline Vec zip_first(Vec a, Vec) { return a; }
+inline Vec zip_second(Vec a, Vec) { return a; }
 inline Vec round_to_pairs(Vec, Vec) { return Vec{}; }
 inline Vec round_to_zipped_pairs(Vec, Vec) { return Vec{}; }
 #endif
@@ -333,7 +366,20 @@ void transpose(Vec (&r)[W]) {
   if constexpr (S > 1) transpose<S / 2>(r);
 }
 
+// Lane i of the result is the sum of the lanes of r[i]; r is used up.  Inlined, so that r stays in registers.
+template <int S = W / 2>
+__attribute__((always_inline)) inline Vec sum_of_each(Vec (&r)[W]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < S; ++i) {
+    swap_blocks<S>(r[i], r[i + S], std::make_integer_sequence<int, W>{});
+    r[i] += r[i + S];
+  }
+  if constexpr (S > 1) return sum_of_each<S / 2>(r);
+  return r[0];
+}
+
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Calls body(T{}) with the C++ type of a floating dtype.
 template <class Body>

@@ -56,6 +56,24 @@ ATTENTION_DQ = {
 ATTENTION_DELTA = 2048  # elements of dout that one program multiplies by out
 
 # matrix products; by (bytes of an element, how much the epilogue holds beside the product, see gemm.blocks)
+# decode attention: rows are queries, at least 16, columns are positions of the cache
+DECODE = {
+    (2, 16): Tile(64, 64, 4, 3),
+    (2, 32): Tile(64, 64, 4, 3),
+    (2, 64): Tile(64, 64, 4, 3),
+    (2, 128): Tile(32, 64, 4, 3),
+    (2, 256): Tile(32, 32, 8, 2),
+    (4, 16): Tile(32, 32, 4, 2),
+    (4, 32): Tile(32, 32, 4, 2),
+    (4, 64): Tile(16, 32, 4, 2),
+    (4, 128): Tile(16, 16, 8, 2),
+    (4, 256): Tile(16, 16, 8, 1),
+}
+DECODE_TOKENS = 16  # new ones that a program writes at most
+DECODE_PROGRAMS = 512  # that shall run together: some for each multiprocessor of a large GPU
+DECODE_SPLITS = 64  # at most, of one cache
+DECODE_STEPS = 4  # tiles that a program shall have at least when the cache is full
+
 GEMM = {
     (2, 0): Tile(128, 128, 8, 3),
     (2, 1): Tile(128, 64, 8, 3),

@@ -1,7 +1,7 @@
 """The tiled matrix product that all layers with weights are made of.
 
-`gemm` is out = drop(a b (+ a2 b2) (+ bias)) (+ residual).  Kernels with an epilogue of their own (`ffn.py`) use its
-parts: `tile_position`, `product`, `tile_at`.
+`gemm` is out = drop(a b (+ a2 b2) (+ bias)) (+ residual).  Kernels with an epilogue of their own
+(`ffn.py`) use its parts: `tile_position`, `product`, `tile_at`.
 """
 
 import triton

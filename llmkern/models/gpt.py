@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import nn as kernel_nn
+from ..nn import KVCache
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,11 @@ class GPT(nn.Module):
             return logits, None
         return logits, self.loss(logits.flatten(0, 1), targets.flatten())
 
-    def hidden(self, idx: Tensor) -> Tensor:
-        """(B, T) token ids to the last hidden states, (B, T, C)."""
+    def hidden(self, idx: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        """(B, T) token ids to the last hidden states, (B, T, C).
+
+        With `caches`, one a block as `new_caches` makes them, the tokens follow those in the caches.
+        """
         if idx.dim() != 2 or idx.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"GPT: idx is {idx.dtype} of shape {tuple(idx.shape)}, expected integers (batch, length)"
@@ -103,11 +107,21 @@ class GPT(nn.Module):
                 f"GPT: idx has {length} tokens, expected at most block_size {self.config.block_size}; crop it"
             )
         t = self.transformer
-        x = t.wte(idx) + t.wpe(torch.arange(length, device=idx.device))  # (B, T, C)
-        x = t.drop(x)
-        for block in t.h:
-            x = block(x)
+        positions = torch.arange(length, device=idx.device)
+        if caches is not None:
+            positions = caches[0].lengths[:, None] + positions  # (B, T)
+        x = t.drop(t.wte(idx) + t.wpe(positions))  # (B, T, C)
+        for block, cache in zip(t.h, caches or [None] * len(t.h)):
+            x = block(x, cache)
         return t.ln_f(x)
+
+    def new_caches(self, batch: int, max_length: int, **options: object) -> list[KVCache]:
+        """An empty `KVCache` for each block; options dtype and page_size, by default the model's dtype."""
+        weight, c = self.lm_head.weight, self.config
+        options = {"dtype": weight.dtype, "device": weight.device, **options}
+        return [
+            KVCache(batch, c.n_head, max_length, c.n_embd // c.n_head, **options) for _ in range(c.n_layer)
+        ]
 
     @torch.no_grad()
     def generate(
@@ -119,6 +133,8 @@ class GPT(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Sample tokens one after another; call `eval()` first if the model has dropout.
+
+        Keys and values of what was seen are kept in caches until block_size is full.
 
         Args:
             idx: (B, T) the prompt, T at least 1; what lies more than block_size back is not seen.
@@ -139,15 +155,28 @@ class GPT(nn.Module):
             raise ValueError(f"generate: top_k is {top_k}, expected 1 or more, or None")
         if idx.numel() == 0:
             raise ValueError(f"generate: idx has shape {tuple(idx.shape)}, expected at least one token")
+        caches, new = self._caches_to_generate(idx, max_new_tokens), idx
         for _ in range(max_new_tokens):
-            last = self.hidden(idx[:, -self.config.block_size :])[:, -1]  # (B, C)
+            if idx.shape[1] > self.config.block_size:  # all positions move
+                caches, new = None, idx[:, -self.config.block_size :]
+            last = self.hidden(new, caches)[:, -1]  # (B, C)
             logits = self.lm_head(last).float()  # (B, V)
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)  # (B, 1)
             else:
                 token = _sample(logits / temperature, top_k, generator)
-            idx = torch.cat((idx, token.to(idx.dtype)), dim=1)
+            token = token.to(idx.dtype)
+            idx = torch.cat((idx, token), dim=1)
+            new = idx if caches is None else token
         return idx
+
+    def _caches_to_generate(self, idx: Tensor, max_new_tokens: int) -> list[KVCache] | None:
+        """Caches for the prompt and the new tokens, unless the model is PyTorch alone, or drops at random."""
+        kernels = isinstance(self.transformer.h[0], kernel_nn.Block) if len(self.transformer.h) else False
+        if not kernels or (self.training and self.config.dropout > 0):
+            return None
+        length = min(idx.shape[1] + max_new_tokens, self.config.block_size)
+        return self.new_caches(len(idx), length)
 
     def num_params(self) -> int:
         """Number of parameters; the tied embedding counts once."""

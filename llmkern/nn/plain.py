@@ -5,6 +5,7 @@ Names follow GPT-2 and nanoGPT: c_attn, c_fc, c_proj, ln_1, ln_2.
 """
 
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,13 +67,14 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = self.linear(n_embd, n_embd, bias)
         self.resid_dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend over x, (B, T, C); returns (B, T, C)."""
+    def forward(self, x: Tensor, cache: Any = None) -> Tensor:
+        """Attend over x, (B, T, C), and the tokens before it in `cache`, a `KVCache`; returns (B, T, C)."""
         heads = self.c_attn(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 H_kv, D)
         # split before the transpose: then backward joins the gradients in one copy
         parts = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
         q, k, v = (part.transpose(1, 2) for part in parts)
-        y = self.attend(q, k, v).transpose(1, 2).flatten(2)  # (B, T, C)
+        y = self.attend(q, k, v) if cache is None else cache.attend(q, k, v)  # (B, H, T, D)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -195,7 +197,7 @@ class Block(nn.Module):
         self.ln_2 = norm(n_embd, bias=bias)
         self.mlp = mlp(n_embd, activation=activation, bias=bias, dropout=dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) to (B, T, C)."""
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, cache: Any = None) -> Tensor:
+        """(B, T, C) to (B, T, C); the attention also sees the tokens in `cache`, a `KVCache`."""
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))

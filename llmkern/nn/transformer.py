@@ -9,6 +9,7 @@ from ..ops.dispatch import fall_back
 from . import plain
 from .attention import CausalSelfAttention, MultiheadAttention
 from .children import hooked
+from .decode import KVCache
 from .ffn import MLP, activation_name, fused, why_unfused
 from .norm import LayerNorm, add_norm
 
@@ -21,9 +22,9 @@ class Block(plain.Block):
 
     parts = LayerNorm, CausalSelfAttention, MLP
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) to (B, T, C)."""
-        y, x = add_norm(self.ln_2, self.attn(self.ln_1(x)), x)
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T, C) to (B, T, C); the attention also sees the tokens in `cache`."""
+        y, x = add_norm(self.ln_2, self.attn(self.ln_1(x), cache), x)
         if type(self.mlp) is MLP and not hooked(self.mlp):
             return self.mlp(y, x)
         return x + self.mlp(y)

@@ -1,6 +1,7 @@
 """The op table and its functions: `llmkern.ops.attention(q, k, v, is_causal=True)` and so on."""
 
 from .attention import attention
+from .decode import decode_attention
 from .dispatch import FallbackError, FallbackWarning, implementations, set_fallback, use
 from .ffn import ffn
 from .linear import linear
@@ -17,6 +18,7 @@ __all__ = [
     "attention",
     "cached_bytes",
     "cross_entropy",
+    "decode_attention",
     "empty_cache",
     "ffn",
     "implementations",

@@ -55,7 +55,7 @@ def explain(op: str | Callable[..., Any] | Op, *inputs: Any, **kwargs: Any) -> E
     """Tell which implementation of an op would run for these inputs, and why not the fast one.
 
     Nothing is computed: the public function runs once on fake tensors, forward and backward.
-    If no input requires a gradient, backward is told for a gradient of the first.
+    If no input requires a gradient, backward is told for a gradient of the first, where the op has one.
 
     Args:
         op: a function of `llmkern.ops` or its name, as "attention".
@@ -71,7 +71,7 @@ def explain(op: str | Callable[..., Any] | Op, *inputs: Any, **kwargs: Any) -> E
     record, fake = _find(op), FakeTensorMode()
     inputs, kwargs = tree_map_only(Tensor, lambda t: _fake(fake, t), (inputs, kwargs))
     floats = [t for t in (*inputs, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()]
-    if floats and not any(t.requires_grad for t in floats):
+    if record.gradients and floats and not any(t.requires_grad for t in floats):
         floats[0].requires_grad_()
     with fake, torch.enable_grad(), Listen(record) as heard:
         out = record.public(*inputs, **kwargs)

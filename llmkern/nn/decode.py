@@ -1,0 +1,101 @@
+"""KVCache: the keys and values that an attention layer has seen."""
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+
+class KVCache:
+    """Keys and values of the tokens that one attention layer has seen, for generation.
+
+    Memory is taken once.  `attend` appends new tokens and attends to all in one op.
+
+    Args:
+        batch: B, number of sequences.
+        n_kv_head: H_kv, key and value heads.
+        max_length: S, the most tokens of a sequence.
+        head_dim: D.
+        dtype: of keys and values; torch.int8 keeps a float32 scale for each token and head beside them.
+        device: where they are.
+        page_size: None keeps a sequence in one piece; else in pages of so many tokens, which
+            `block_table` finds: sequences may share pages, and a pool serves all.
+
+    Attributes:
+        k, v: (B, H_kv, S, D), or with pages (B · ceil(S / page_size), H_kv, page_size, D).
+        k_scale, v_scale: for int8, k's shape without D; else None.
+        lengths: (B,) int32, tokens of each sequence.
+        block_table: (B, ceil(S / page_size)) int32, or None.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        n_kv_head: int,
+        max_length: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        page_size: int | None = None,
+    ) -> None:
+        if page_size is not None and page_size < 1:
+            raise ValueError(f"KVCache: page_size is {page_size}, expected at least 1, or None for no pages")
+        if not dtype.is_floating_point and dtype != torch.int8:
+            raise ValueError(f"KVCache: dtype is {dtype}, expected a floating-point dtype or torch.int8")
+        rows, length = batch, max_length
+        self.block_table = None
+        if page_size is not None:
+            pages = -(-max_length // page_size)
+            rows, length = batch * pages, page_size
+            self.block_table = torch.arange(rows, dtype=torch.int32, device=device).view(batch, pages)
+        shape = rows, n_kv_head, length, head_dim
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.k_scale = self.v_scale = None
+        if dtype == torch.int8:
+            self.k_scale, self.v_scale = (torch.zeros(shape[:3], device=device) for _ in range(2))
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+
+    def attend(
+        self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None, **options: object
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Append key and value, if given, and attend to the whole cache.
+
+        Args:
+            query: (B, H, T, D); cast to the dtype of the cache, if that is not int8.
+            key, value: (B, H_kv, T, D), cast likewise.
+            options: keyword arguments of `llmkern.ops.decode_attention`, as cos, sin, window, softcap.
+
+        Returns:
+            (B, H, T, D) in the dtype of `query`; with return_lse a pair, as `decode_attention` gives.
+
+        Raises:
+            ValueError: what does not fit, as `decode_attention`.
+        """
+        out = ops.decode_attention(
+            self._cast(query), self.k, self.v, self.lengths, self._cast(key), self._cast(value),
+            block_table=self.block_table, k_scale=self.k_scale, v_scale=self.v_scale, **options,
+        )  # fmt: skip
+        if key is not None:
+            self.lengths += key.shape[2]
+        return (out[0].to(query.dtype), out[1]) if isinstance(out, tuple) else out.to(query.dtype)
+
+    def append(self, key: Tensor, value: Tensor, **options: object) -> None:
+        """Append key and value, (B, H_kv, T, D), without a query; options cos, sin and interleaved."""
+        batch, _, length, dim = key.shape
+        self.attend(key.new_empty(batch, 0, length, dim), key, value, **options)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.lengths.zero_()
+
+    def truncate(self, length: int | Tensor) -> None:
+        """Forget what comes after the first `length` tokens; a number, or one for each sequence, (B,)."""
+        self.lengths.clamp_(max=length)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory of keys, values and scales."""
+        return sum(t.nbytes for t in (self.k, self.v, self.k_scale, self.v_scale) if t is not None)
+
+    def _cast(self, x: Tensor | None) -> Tensor | None:
+        return x if x is None or self.k.dtype == torch.int8 else x.to(self.k.dtype)
