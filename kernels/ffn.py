@@ -18,7 +18,7 @@ from .launch import fit, launch
 from .philox import Drop, drop, dropped
 from .reduce import column_sum
 
-OUTPUT_ROWS = 2**62  # as in llmkern/ops/ffn.py
+OUTPUT_ROWS = 2**62  # of numbers for dropout of the outputs: behind those of hidden activations
 
 
 def ffn_fwd(
