@@ -41,7 +41,7 @@ clean:                    ## remove what was built and installed, and the result
 	@$(PYTHON) -c '$(CHECK_PYTHON)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet -e '.[test]'
+	$(BIN)/pip install --quiet -e '.[test,hf]'
 	@touch $@
 .venv/linter: .venv/installed
 	$(BIN)/pip install --quiet 'ruff>=0.9'

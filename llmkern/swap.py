@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 from torch import nn
 
+from . import hf
 from . import nn as kernel_nn
-from .nn import plain
+from .nn import found, plain
 from .nn.ffn import looks_like_ffn, parts, why_unfused
 from .ops.attention import MAX_HEAD_DIM
 from .report import Entry, NoEffectWarning, Report, SwapError
@@ -126,15 +127,19 @@ def swap_(
 ) -> Report:
     """Swap a model's modules for those of `llmkern.nn`, in place; `restore_` undoes it.
 
-    Only modules whose class is exactly one of torch's or of `llmkern.nn.plain` are swapped, and only
-    where llmkern computes the same; the report says why the others were left alone.
+    Swapped are modules whose class is exactly one of torch's or of `llmkern.nn.plain`, norms and
+    feed-forward layers of any class that are found by structure and proved by running them
+    (`llmkern.nn.found`), and the attention of Hugging Face models; the report says why others were
+    left alone.
 
     Args:
         model: any module; itself included.
-        attention: swap MultiheadAttention and CausalSelfAttention.
-        ffn: swap MLP, GatedMLP, TransformerEncoderLayer, and each Sequential of linear, activation,
-            linear.
-        norm: swap LayerNorm, RMSNorm, and Block (for the add inside the norm).
+        attention: swap MultiheadAttention, CausalSelfAttention, and set Hugging Face models to
+            attention "llmkern".
+        ffn: swap MLP, GatedMLP, TransformerEncoderLayer, each Sequential of linear, activation,
+            linear, and modules that compute the same.
+        norm: swap LayerNorm, RMSNorm, modules that compute the same, and Block (for the add inside
+            the norm).
         loss: swap CrossEntropyLoss and LinearCrossEntropyLoss; "auto" does so where the model has
             one, True warns if it has none.
         linear: swap each Linear on a CPU that is no part of the above.
@@ -154,12 +159,21 @@ def swap_(
     if loss not in (True, False, "auto"):
         raise ValueError(f"swap_: loss is {loss!r}, expected True, False or 'auto'")
     kinds = {"attention": attention, "ffn": ffn, "norm": norm, "loss": bool(loss), "linear": linear}
-    report, classes, absorbed = Report(), {}, set()
+    report, classes, roles, absorbed = Report(), {}, {}, set()
+    wanted = filter_fn or (lambda module, path: True)
     for path, module in model.named_modules():
         rule = _find(module)
-        if _absorbs(type(module)):
+        if _absorbs(module):
             absorbed.update(module.children())
-        if rule is None or not kinds[rule.kind] or (filter_fn is not None and not filter_fn(module, path)):
+        if rule is None:
+            what = found.recognise(module) if _unknown(module) else None
+            if what is not None and kinds[what.mixin.kind] and wanted(module, path):
+                classes[module] = found.kernel_class(what.mixin, type(module))
+                roles[module] = what.roles
+                absorbed.update(module.children())
+                report.entries.append(Entry(path, _name(module), f"llmkern.nn.{what.mixin.__name__}"))
+            continue
+        if not kinds[rule.kind] or not wanted(module, path):
             continue
         if rule.kind == "linear" and module in absorbed:
             continue
@@ -174,18 +188,44 @@ def swap_(
         raise SwapError(f"swap_: strict=True, but these would be left alone:\n{report}")
     for module, cls in classes.items():
         module.__class__ = cls
+        if module in roles:
+            setattr(module, found.ROLES, roles[module])
+    if attention:
+        _swap_hf_attention(model, wanted, report)
     _warn_without_effect(report, model, loss)
     return report
+
+
+def _swap_hf_attention(model: nn.Module, wanted: Callable, report: Report) -> None:
+    """Set the outermost Hugging Face models in `model`; each sets its parts."""
+    inside: set[nn.Module] = set()
+    for path, module in model.named_modules():
+        if not hf.is_model(module) or module in inside:
+            continue
+        inside.update(module.modules())
+        was = hf.implementation(module)
+        if was != hf.NAME and wanted(module, path):
+            hf.use_kernels(module)
+            report.entries.append(Entry(path, f"attention {was!r}", f"attention {hf.NAME!r}"))
 
 
 def restore_(model: nn.Module) -> Report:
     """Give every module of `llmkern.nn` in `model` its torch class back, in place; reports which."""
     report = Report()
     for path, module in model.named_modules():
+        if hf.is_model(module) and hasattr(module, hf.BEFORE):
+            hf.restore(module)
+            was = f"attention {hf.implementation(module)!r}"
+            report.entries.append(Entry(path, f"attention {hf.NAME!r}", was))
         for rule in RULES:
             if type(module) is rule.now:
                 module.__class__ = rule.was
                 report.entries.append(Entry(path, _name(rule.now), _name(rule.was)))
+        if hasattr(module, found.ROLES):
+            kernel, own = type(module).__mro__[1:3]
+            module.__class__ = own
+            delattr(module, found.ROLES)
+            report.entries.append(Entry(path, f"llmkern.nn.{kernel.__name__}", _name(own)))
     return report
 
 
@@ -193,11 +233,18 @@ def restore_(model: nn.Module) -> Report:
 def swapped(model: nn.Module, **options) -> Iterator[Report]:
     """`swap_(model, **options)` inside the `with` block; afterwards the model is as it was before."""
     before = {module: type(module) for module in model.modules()}
+    set_before = {module: hf.implementation(module) for module in before if hf.is_model(module)}
+    known_before = {module for module in before if hasattr(module, found.ROLES)}
     try:
         yield swap_(model, **options)
     finally:
         for module, cls in before.items():
             module.__class__ = cls
+            if hasattr(module, found.ROLES) and module not in known_before:
+                delattr(module, found.ROLES)
+        for module, was in set_before.items():
+            if hf.implementation(module) != was:
+                hf.restore(module)
 
 
 def _find(module: nn.Module) -> Rule | None:
@@ -211,8 +258,15 @@ def _find(module: nn.Module) -> Rule | None:
     return None
 
 
-def _absorbs(cls: type) -> bool:
-    return any(cls is rule.now and rule.absorbs for rule in RULES)
+def _unknown(module: nn.Module) -> bool:
+    """Whether it is a class of somebody's own, not swapped yet."""
+    ours = type(module).__module__.split(".")[0] in ("torch", "llmkern")
+    return not ours and not hasattr(module, found.ROLES) and "forward" not in module.__dict__
+
+
+def _absorbs(module: nn.Module) -> bool:
+    """Whether it is swapped already, and its kernel does the work of its linears."""
+    return hasattr(module, found.ROLES) or any(type(module) is rule.now and rule.absorbs for rule in RULES)
 
 
 def _why_left(module: nn.Module, rule: Rule) -> str | None:
@@ -234,7 +288,8 @@ def _name(cls: type | nn.Module) -> str:
 
 def _warn_without_effect(report: Report, model: nn.Module, loss: bool | str) -> None:
     now = [type(module) for module in model.modules()]
-    if not any(rule.now in now for rule in RULES):
+    known = any(hasattr(module, found.ROLES) or hasattr(module, hf.BEFORE) for module in model.modules())
+    if not known and not any(rule.now in now for rule in RULES):
         reasons = "; ".join(f"{e.path or 'the model'}: {e.note}" for e in report.left)
         reasons = reasons or "it has no module that llmkern knows"
         message = f"swap_: nothing in {type(model).__name__} was swapped: {reasons}"

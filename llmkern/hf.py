@@ -1,0 +1,110 @@
+"""Attention of Hugging Face models, through transformers' own registry of attention functions.
+
+`swap_` calls `model.set_attn_implementation("llmkern")`: a setting of that model alone.
+"""
+
+import sys
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .ops.dispatch import fall_back
+
+NAME = "llmkern"
+BEFORE = "_llmkern_attention_before"  # the attribute in which a model keeps its former setting
+UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")  # what the kernel cannot do yet
+
+
+def is_model(module: nn.Module) -> bool:
+    """Whether it is a transformers model; does not import transformers."""
+    transformers = sys.modules.get("transformers.modeling_utils")
+    return transformers is not None and isinstance(module, transformers.PreTrainedModel)
+
+
+def implementation(model: nn.Module) -> str:
+    """The attention that the model is set to: "sdpa", "eager", "llmkern" ..."""
+    return model.config._attn_implementation
+
+
+def use_kernels(model: nn.Module) -> None:
+    """Set the model to llmkern's attention, and remember what it was set to."""
+    _register()
+    setattr(model, BEFORE, implementation(model))
+    model.set_attn_implementation(NAME)
+
+
+def restore(model: nn.Module) -> None:
+    """Set the model to the attention that it had before `use_kernels`."""
+    model.set_attn_implementation(getattr(model, BEFORE, "sdpa"))
+    if hasattr(model, BEFORE):
+        delattr(model, BEFORE)
+
+
+@cache
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """What a transformers attention module calls.
+
+    Args:
+        query, key, value: (B, H, S_q, D), (B, H_kv, S_k, D), (B, H_kv, S_k, D).
+        attention_mask: broadcastable to (B, H, S_q, S_k), bool or additive; None is causal or full, as
+            `is_causal`, or by default the module, says.  A sliding window is in it.
+
+    Returns:
+        (output, None): (B, S_q, H, D); weights are never formed.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = causal and attention_mask is None and query.shape[2] > 1
+    if reason := _why_not(dropout, query, key, value, kwargs):
+        fall_back(f"{type(module).__name__}'s attention", reason)
+        options = dict(scaling=scaling, dropout=dropout, **kwargs)
+        if any(kwargs.get(name) is not None for name in UNKNOWN):
+            eager = sys.modules[type(module).__module__].eager_attention_forward
+            mask = _additive(attention_mask, causal, query, key)
+            return eager(module, query, key, value, mask, **options)
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, is_causal=is_causal, **options
+        )
+    out = ops.attention(query, key, value, attention_mask, is_causal=causal, scale=scaling)
+    return out.transpose(1, 2), None
+
+
+def _additive(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
+    """The mask as transformers' eager attention adds it."""
+    if mask is None and causal:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+
+
+def _why_not(dropout: float, query: Tensor, key: Tensor, value: Tensor, kwargs: dict) -> str | None:
+    if dropout > 0:
+        return f"attention dropout {dropout} while training"
+    for name in UNKNOWN:
+        if kwargs.get(name) is not None:
+            return f"its option {name} is {type(kwargs[name]).__name__}, expected None"
+    if key.shape != value.shape or query.shape[-1] != key.shape[-1]:
+        return f"head dims of query, key and value are {[t.shape[-1] for t in (query, key, value)]}"
+    return None

@@ -1,0 +1,97 @@
+"""Modules of unknown classes: taken only for what they are proved to be."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import llmkern
+
+
+class Norm(nn.Module):
+    def __init__(self, plus: float = 0.0, power: float = 2.0) -> None:
+        super().__init__()
+        self.weight, self.eps, self.plus, self.power = nn.Parameter(torch.randn(16)), 1e-5, plus, power
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = x.abs().pow(self.power).mean(-1, keepdim=True).add(self.eps).rsqrt()
+        return x * scale * (self.weight + self.plus)
+
+
+class FFN(nn.Module):
+    def __init__(self, act=F.gelu, gated: bool = False, drop: float = 0.0, functional_drop: float = 0.0):
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 24), nn.Linear(24, 16)
+        self.c = nn.Linear(16, 24) if gated else None
+        self.act, self.drop, self.functional_drop = act, nn.Dropout(drop), functional_drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.a(x)) * self.c(x) if self.c is not None else self.act(self.a(x))
+        return self.drop(F.dropout(self.b(h), self.functional_drop, self.training))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def agrees(module: nn.Module, kernel: str | None) -> None:
+    """The swapped module gives what it gave; `kernel` names the class that it got, None for its own."""
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    model = nn.ModuleList([module, nn.LayerNorm(16)])
+    y = module(x)
+    grads = torch.autograd.grad(y.square().sum(), [x, *module.parameters()])
+    report = llmkern.swap_(model, linear=False)
+    now = {e.path: e.now for e in report.changed}
+    assert now.get("0") == (kernel and f"llmkern.nn.{kernel}")
+    with llmkern.use("reference"):
+        again = module(x)
+    torch.testing.assert_close(again, y)
+    for a, b in zip(torch.autograd.grad(again.square().sum(), [x, *module.parameters()]), grads):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("module", "kernel"), [
+    (Norm(), "RMSNormKernel"), (Norm(plus=1.0), "RMSNormKernel"),
+    (Norm(plus=0.5), None), (Norm(power=1.0), None),
+])  # fmt: skip
+def test_norms(module, kernel):
+    agrees(module, kernel)
+
+
+@pytest.mark.parametrize("act", [F.gelu, F.relu, F.silu, nn.GELU("tanh"), lambda x: F.relu(x).square()])
+@pytest.mark.parametrize("gated", [False, True])
+def test_ffn(act, gated):
+    agrees(FFN(act, gated), "FFNKernel")
+
+
+@pytest.mark.parametrize("act", [torch.tanh, F.elu, torch.sin])
+def test_unknown_activations(act):
+    agrees(FFN(act), None)
+
+
+def test_dropout_nobody_sees():
+    """Functional dropout shows only in training: the module is left alone."""
+    model = nn.ModuleList([FFN(functional_drop=0.5), nn.LayerNorm(16)])
+    report = llmkern.swap_(model, linear=False)
+    assert [e.path for e in report.changed] == ["1"]
+
+
+def test_dropout_as_a_module_falls_back_aloud():
+    module = FFN(drop=0.5)
+    llmkern.swap_(module)
+    llmkern.set_fallback("error")
+    with pytest.raises(llmkern.ops.FallbackError, match=r"dropout 0\.5 while training"):
+        module(torch.randn(3, 16))
+    llmkern.set_fallback("warn")
+    module.eval()(torch.randn(3, 16))
+
+
+def test_trying_leaves_no_trace():
+    """Modes, gradients and random numbers are as before."""
+    module = FFN(drop=0.5)
+    module.act, module.drop.training = nn.GELU(), False
+    state = torch.random.get_rng_state()
+    llmkern.swap_(module)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert module.training and not module.drop.training and all(p.grad is None for p in module.parameters())

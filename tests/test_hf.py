@@ -1,0 +1,139 @@
+"""Hugging Face models: the same outputs, gradients and generated tokens after `swap_`, and back again."""
+
+import copy
+import io
+
+import pytest
+import torch
+
+import llmkern
+from llmkern import hf
+from llmkern.nn import found
+
+transformers = pytest.importorskip("transformers")
+SIZES = dict(
+    vocab_size=101, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+GQA = {**SIZES, "num_key_value_heads": 2}
+MODELS = {
+    "GPT2": ("LMHeadModel", dict(
+        vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2,
+        attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
+    )),
+    "Llama": ("ForCausalLM", GQA),
+    "Mistral": ("ForCausalLM", {**GQA, "sliding_window": 5}),
+    "Qwen2": ("ForCausalLM", GQA),
+    "Qwen3": ("ForCausalLM", {**GQA, "head_dim": 8}),
+    "Gemma": ("ForCausalLM", {**GQA, "head_dim": 8}),
+    "Phi": ("ForCausalLM", SIZES),
+    "GPTNeoX": ("ForCausalLM", SIZES),
+    "Bert": ("Model", {**SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
+    "ModernBert": ("Model", {**SIZES, "cls_token_id": 1, "sep_token_id": 2}),
+}  # fmt: skip
+FUSED_FFN = set(MODELS) - {"Bert", "ModernBert"}  # whose feed-forward is one module of two or three linears
+NORMS = {"Llama", "Mistral", "Qwen2", "Qwen3", "Gemma"}  # that have an RMSNorm of their own
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    llmkern.set_fallback("error")
+    torch.manual_seed(0)
+    yield
+    llmkern.set_fallback("warn")
+
+
+def build(name: str) -> torch.nn.Module:
+    kind, options = MODELS[name]
+    config = getattr(transformers, f"{name}Config")(**options)
+    return getattr(transformers, name + kind)(config)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("training", [False, True])
+def test_same_outputs_and_gradients(name: str, training: bool):
+    model = build(name).train(training)
+    plain = copy.deepcopy(model)
+    report = llmkern.swap_(model)
+    ids = torch.randint(3, 101, (2, 11))
+    padding = torch.ones(2, 11, dtype=torch.int64)
+    padding[0, :4] = 0
+    for mask in (None, padding):
+        outs = [m(ids, attention_mask=mask)[0] for m in (model, plain)]
+        seen = torch.ones_like(padding, dtype=torch.bool) if mask is None else mask.bool()
+        torch.testing.assert_close(outs[0][seen], outs[1][seen], rtol=1e-5, atol=2e-6)
+        upstream = torch.randn_like(outs[0][seen])
+        for m, out in zip((model, plain), outs):
+            m.zero_grad()
+            out[seen].backward(upstream)
+        # a gradient that cancels to 0, as of the keys' bias, is a difference of terms as large as others
+        scale = max(q.grad.abs().max().item() for q in plain.parameters() if q.grad is not None)
+        for (path, p), q in zip(model.named_parameters(), plain.parameters()):
+            if q.grad is None:  # Bert's pooler
+                continue
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5 * scale, msg=path)
+    now = [e.now for e in report.changed]
+    assert ("llmkern.nn.FFNKernel" in now) == (name in FUSED_FFN)
+    assert ("llmkern.nn.RMSNormKernel" in now) == (name in NORMS)
+    assert "attention 'llmkern'" in now
+
+
+@pytest.mark.parametrize("name", [name for name, (kind, _) in MODELS.items() if kind != "Model"])
+def test_generate_with_a_cache(name: str):
+    model = build(name).eval()
+    ids = torch.randint(3, 101, (2, 7))
+    options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
+    before = model.generate(ids, **options)
+    with llmkern.swapped(model):
+        assert torch.equal(model.generate(ids, **options), before)
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Gemma"])
+def test_restore_deepcopy_and_pickle(name: str):
+    model = build(name).eval()
+    classes, keys = [type(m) for m in model.modules()], list(model.state_dict())
+    parameters, ids = list(model.parameters()), torch.randint(3, 101, (1, 5))
+    before = model(ids)[0]
+    llmkern.swap_(model)
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.parameters(), parameters))
+    swapped = model(ids)[0]
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert torch.equal(other(ids)[0], swapped)
+    assert llmkern.swap_(model).changed == []  # a second time changes nothing
+    report = llmkern.restore_(model)
+    assert [type(m) for m in model.modules()] == classes and hf.implementation(model) == "sdpa"
+    assert torch.equal(model(ids)[0], before) and len(report.changed) > 5
+    assert not any(hasattr(m, found.ROLES) or hasattr(m, hf.BEFORE) for m in model.modules())
+
+
+def test_a_sibling_is_left_alone():
+    one, two = build("Llama"), build("Llama")
+    classes = [type(m) for m in two.modules()]
+    llmkern.swap_(one)
+    assert [type(m) for m in two.modules()] == classes and hf.implementation(two) == "sdpa"
+
+
+def test_attention_dropout_is_torchs_and_said():
+    model = build("Llama")
+    model.config.attention_dropout = 0.3
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.3
+    llmkern.swap_(model)
+    with pytest.raises(llmkern.ops.FallbackError, match="attention dropout"):
+        model(torch.randint(3, 101, (1, 5)))
+
+
+def test_what_the_kernel_cannot_do_goes_to_the_models_own():
+    options = {**GQA, "head_dim": 8, "attn_logit_softcapping": 20.0}
+    model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**options)).eval()
+    model.set_attn_implementation("eager")
+    ids = torch.randint(3, 101, (1, 9))
+    before = model(ids)[0]
+    llmkern.set_fallback("silent")
+    llmkern.swap_(model)
+    torch.testing.assert_close(model(ids)[0], before, rtol=1e-5, atol=1e-5)
