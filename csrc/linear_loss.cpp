@@ -6,7 +6,7 @@
 //
 // Blocks of kCols classes are the outer loop: each is packed once, and its part of dW is complete, and
 // rounded, before the next.  Within one, chunks of kRows rows make tiles of logits or of dz that stay in
-// the shared cache: 8 MiB of float, and as much scratch in all for any number of rows and classes.
+// the shared cache: 8 MiB of float.  Memory beside the results does not grow with the classes.
 // Rows that are ignored are left out of every product.
 
 #include <limits>
@@ -55,7 +55,10 @@ template <class T>
 class Kept {
  public:
   Kept(const Tensor& x, const Tensor& target, int64_t ignore_index)
-      : x_(x), all_(x_), index_(rows(target, ignore_index)), copy_(ignored() ? count() * x_.cols * sizeof(T) : 0) {
+      : x_(x),
+        all_(x_),
+        index_(rows(target, ignore_index)),
+        copy_(ignored() ? count() * x_.cols * sizeof(T) : 0) {
     if (!ignored()) return;
     all_ = Matrix<const T>(copy_.as<T>(), count(), x_.cols);
     parallel_for(count(), false, [&](int64_t i) {
