@@ -110,15 +110,18 @@ def test_nothing_to_see(backend: str, device: str):
     assert (out == 0).all() and (lse == -math.inf).all()
 
 
-@pytest.mark.parametrize("wrong", ["full", "negative", "page", "rope"])
+BAD_PAGES = {"page": 4, "far page": 2**28}  # of 4; the second is memory that nobody has
+
+
+@pytest.mark.parametrize("wrong", ["full", "negative", "page", "far page", "rope"])
 def test_lengths_and_pages_that_do_not_fit(backend: str, device: str, wrong: str):
     """One sentence on the CPU; the Triton kernel, which cannot know in time, gives NaN and writes nothing."""
     k, v = randn(2, 4, 1, 4, 8, device=device)  # two sequences of two pages
     table, seqlens, options = lengths(0, 1, 2, 3, device=device).view(2, 2), lengths(2, 6, device=device), {}
     if wrong == "rope":
         options["cos"], options["sin"] = rope(6, 4, device)
-    elif wrong == "page":
-        table[1, 1] = 4
+    elif wrong in BAD_PAGES:
+        table[1, 1] = BAD_PAGES[wrong]
     else:
         seqlens[1] = 8 if wrong == "full" else -1
     before = k.clone(), v.clone()
@@ -134,7 +137,7 @@ def test_lengths_and_pages_that_do_not_fit(backend: str, device: str, wrong: str
         assert out[0].isfinite().all() and out[1].isnan().all()
         assert torch.equal(k[2:], before[0][2:]) and torch.equal(v[2:], before[1][2:])
         return
-    words = "block_table has 4" if wrong == "page" else "cache_seqlens has"
+    words = f"block_table has {BAD_PAGES[wrong]}" if wrong in BAD_PAGES else "cache_seqlens has"
     messages = []
     for run in (backend, "reference"):
         with pytest.raises(ValueError, match=words) as caught:
