@@ -316,6 +316,15 @@ inline Vec make_pairs(Vec first, Vec second) {
   return floats(((bits(first) >> 16) & 0xffff) | (bits(second) & static_cast<int32_t>(0xffff0000)));
 }
 
+// ---- shuffles within a vector --------------------------------------------------------------------
+
+template <int... L>
+Vec swap_neighbours(Vec x, std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(x, x, (L ^ 1)...);
+}
+// Lanes 1, 0, 3, 2, ...
+inline Vec swap_neighbours(Vec x) { return swap_neighbours(x, std::make_integer_sequence<int, W>{}); }
+
 // ---- transposing W x W ---------------------------------------------------------------------------
 
 // Swap the off-diagonal S x S blocks of rows a and b = a + S: bit S of the row number for that of the lane.

@@ -70,6 +70,8 @@ NORM_ELEMENTS = 2048  # of one program: several short rows, or a part of a long 
 NORM_BLOCK = 8192  # the longest row that stays in registers
 NORM_CHUNKS = 256  # groups of rows whose weight gradients are summed apart, then added
 LOSS_BLOCK = 4096
+ROPE_PAIRS = 256  # of a head at once
+ROPE_ELEMENTS = 1024  # pairs of one program: of one token, over heads
 SUM_ROWS, SUM_COLS = 32, 64  # of one step of a column sum
 SUM_CHUNK = 512  # rows of one program of it
 

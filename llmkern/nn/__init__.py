@@ -3,7 +3,7 @@
 `LayerNorm, RMSNorm, MultiheadAttention, TransformerEncoderLayer, CrossEntropyLoss` are subclasses of
 torch's modules of the same name, with their arguments, parameters and state_dict keys.
 `CausalSelfAttention, MLP, GatedMLP, Block` are the parts of a GPT; `llmkern.nn.plain` has them in
-PyTorch alone.
+PyTorch alone.  `RotaryEmbedding` is what Llama has for positions.
 """
 
 from . import plain
@@ -11,6 +11,7 @@ from .attention import CausalSelfAttention, MultiheadAttention
 from .ffn import MLP, GatedMLP, SequentialFFN
 from .loss import CrossEntropyLoss
 from .norm import LayerNorm, RMSNorm
+from .rope import RotaryEmbedding
 from .transformer import Block, TransformerEncoderLayer
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "LayerNorm",
     "MultiheadAttention",
     "RMSNorm",
+    "RotaryEmbedding",
     "SequentialFFN",
     "TransformerEncoderLayer",
     "plain",

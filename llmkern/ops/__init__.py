@@ -6,6 +6,8 @@ from .ffn import ffn
 from .loss import cross_entropy
 from .norm import layer_norm, rms_norm
 from .op import OPS
+from .rope import rope, rope_
+from .rope_table import rope_frequencies, rope_table
 
 __all__ = [
     "OPS",
@@ -17,6 +19,10 @@ __all__ = [
     "implementations",
     "layer_norm",
     "rms_norm",
+    "rope",
+    "rope_",
+    "rope_frequencies",
+    "rope_table",
     "set_fallback",
     "use",
 ]

@@ -107,6 +107,7 @@ class Op:
     source: str
     constant: tuple[str, ...] = ()  # tensor arguments of `public` that have no gradient
     results: int = 1  # the first `results` outputs are the op's results, the others only saved
+    materialize: bool = False  # gradients of results that nobody used arrive as zeros, not as None
     gradients: dict[str, int] = {}  # forward argument -> index of its gradient among backward's outputs
     mutates: tuple[str, ...] = ()  # arguments that forward writes to
     lowers: bool = False  # computes in the autocast dtype, as torch's matrix products do
@@ -184,7 +185,7 @@ def _with_autograd(op: Op) -> Callable[..., Any]:
             ctx.constants = [None if isinstance(s, Tensor) else s for s in saved]
             ctx.is_tensor = [isinstance(s, Tensor) for s in saved]
             ctx.save_for_backward(*(s for s in saved if isinstance(s, Tensor)))
-            ctx.set_materialize_grads(False)
+            ctx.set_materialize_grads(op.materialize)
             ctx.like = outs[0].shape, outs[0].dtype, outs[0].device
             return outs[: op.results] if op.results > 1 else outs[0]
 
