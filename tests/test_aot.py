@@ -20,7 +20,8 @@ def compile_kernels(*arguments: str) -> None:
 
 
 def test_each_kernel_once():
-    ops = ("attention", "ffn", "layer_norm", "cross_entropy")  # rms_norm has layer_norm's kernels
+    ops = ["attention", "ffn", "layer_norm", "cross_entropy"]  # rms_norm has layer_norm's kernels
+    ops += ["rope", "embedding", "dropout", "softmax"]  # so have rope_inplace and log_softmax those of these
     compile_kernels(*ops, "--once", "--dtype", "bfloat16", "float32")
 
 

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import dispatch
 from .dispatch import tensors
 
+PASSES = -1  # in place of a gradient's index: the incoming gradient of the first result, as it is
 LIBRARY = torch.library.Library("llmkern", "DEF")
 OPS: dict[str, "Op"] = {}
 
@@ -84,7 +85,9 @@ class Op:
                                                schema is read from it; runs in any dtype
         outputs(*args) -> outputs              the same, empty: shapes, strides and dtypes
         save(args, outputs) -> saved           what backward needs, after the incoming gradients
-        replay(*saved) -> args                 forward arguments again (for double backward)
+        replay(*saved) -> args                 forward arguments again (for double backward); None, the
+                                               default, where the formula of backward is right as it
+                                               stands: linear ops, and those that save only results
         reference_bwd(*grads, *saved, needs)   gradients by formula; `needs[i]` tells if the i-th is wanted
         outputs_bwd(*grads, *saved, needs)     the same, empty; an unwanted one has 0 elements
         refuse(backend, *args) -> str | None   why a fast forward kernel cannot take these arguments;
@@ -108,15 +111,15 @@ class Op:
     constant: tuple[str, ...] = ()  # tensor arguments of `public` that have no gradient
     results: int = 1  # the first `results` outputs are the op's results, the others only saved
     materialize: bool = False  # gradients of results that nobody used arrive as zeros, not as None
-    gradients: dict[str, int] = {}  # forward argument -> index of its gradient among backward's outputs
+    gradients: dict[str, int] = {}  # argument -> index of its gradient among backward's outputs, or PASSES
     mutates: tuple[str, ...] = ()  # arguments that forward writes to
     lowers: bool = False  # computes in the autocast dtype, as torch's matrix products do
     fwd: Any  # torch.ops.llmkern.<name>_fwd.default, set by @register
     bwd: Any = None  # None without gradients
 
     @staticmethod
-    def replay(*saved: Any) -> tuple:
-        raise NotImplementedError
+    def replay(*saved: Any) -> tuple | None:
+        return None
 
     @staticmethod
     def refuse(backend: str, *args: Any) -> str | None:
@@ -198,16 +201,17 @@ def _with_autograd(op: Op) -> Callable[..., Any]:
                 grads = (torch.zeros(shape, dtype=dtype, device=device), *grads[1:])
             needs = [False] * count
             for slot, wanted in zip(slots, ctx.needs_input_grad):
-                if slot is not None and wanted:
+                if slot not in (None, PASSES) and wanted:
                     needs[slot] = True
             if torch.is_grad_enabled():  # create_graph=True: formulas that autograd can see through
                 args = op.replay(*saved)
-                outs = op.reference(*args)
-                saved = op.save(args, outs if isinstance(outs, tuple) else (outs,))
+                if args is not None:
+                    outs = op.reference(*args)
+                    saved = op.save(args, outs if isinstance(outs, tuple) else (outs,))
                 found = op.reference_bwd(*grads, *saved, needs)
             else:
                 found = op.bwd(*(None if g is None else op.prepare_grad(g) for g in grads), *saved, needs)
-            found = found if isinstance(found, tuple) else (found,)
+            found = (*(found if isinstance(found, tuple) else (found,)), grads[0])  # the last is PASSES
             return tuple(
                 found[slot] if slot is not None and wanted else None
                 for slot, wanted in zip(slots, ctx.needs_input_grad)

@@ -257,11 +257,6 @@ class ROPE(Rope):
         return args[2:]
 
     @staticmethod
-    def replay(cos, sin, position_ids, interleaved):
-        batch, length = (1, 0) if position_ids is None else position_ids.shape
-        return cos.new_empty(batch, 0, length, 2 * cos.shape[1]), None, cos, sin, position_ids, interleaved
-
-    @staticmethod
     def prepare_grad(grad):
         return _rows(grad)
 
