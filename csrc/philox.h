@@ -9,8 +9,10 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "buffer.h"
 #include "simd.h"
 #include "tensor.h"
+#include "threads.h"
 
 namespace llmkern {
 
@@ -24,6 +26,17 @@ class Dropout {
         scale_(p < 1 ? static_cast<float>(1 / (1 - p)) : 0.0f) {}
 
   explicit operator bool() const { return on_; }
+
+  float scale() const { return scale_; }
+
+  // Bit j: whether the place (row, col + j) is kept, j < 64; col is a multiple of 64.
+  uint64_t keeps(int64_t row, int64_t col) const {
+    uint32_t words[4][kLanes];
+    philox(static_cast<uint32_t>(col / kGroup * kLanes), static_cast<uint64_t>(row), words);
+    uint64_t bits = 0;
+    for (int j = 0; j < kGroup; ++j) bits |= uint64_t{words[j / kLanes][j % kLanes] >= threshold_} << j;
+    return bits;
+  }
 
   // factors[j] for the places (row, col + j), j < 64: 1 / (1 - p) where the number keeps it, else 0;
   // col is a multiple of 64.
@@ -59,6 +72,36 @@ class Dropout {
   uint64_t seed_;
   uint32_t threshold_;
   float scale_;
+};
+
+// The places of a matrix that dropout keeps, a bit each, for epilogues that come to them in any order.
+class DropMask {
+ public:
+  // Row i of the mask is row `first + i` of the numbers.
+  DropMask(const Dropout& dropout, int64_t first, int64_t rows, int64_t cols)
+      : scale_(dropout.scale()), words_((cols + Dropout::kGroup - 1) / Dropout::kGroup),
+        bits_(dropout ? rows * words_ * sizeof(uint64_t) : 0), on_(dropout) {
+    if (!on_) return;
+    parallel_for(rows, false, [&](int64_t i) {
+      for (int64_t w = 0; w < words_; ++w)
+        bits_.as<uint64_t>()[i * words_ + w] = dropout.keeps(first + i, w * Dropout::kGroup);
+    });
+  }
+  // What dropout makes of the elements (row, col) on; col is a multiple of W.
+  Vec operator()(Vec x, int64_t row, int64_t col) const {
+    if (!on_) return x;
+    IntVec lane;
+    for (int i = 0; i < W; ++i) lane[i] = i;
+    const uint64_t word = bits_.as<uint64_t>()[row * words_ + col / Dropout::kGroup];
+    const IntVec keep = ((IntVec{} + static_cast<int32_t>(word >> (col % Dropout::kGroup))) >> lane) & 1;
+    return keep != 0 ? x * scale_ : Vec{};
+  }
+
+ private:
+  float scale_;
+  int64_t words_;
+  Buffer bits_;
+  bool on_;
 };
 
 }  // namespace llmkern

@@ -19,6 +19,18 @@ constexpr int64_t kElements = 8192;  // at least, of one task
 
 int lanes(int64_t i, int64_t end) { return static_cast<int>(std::min<int64_t>(W, end - i)); }
 
+// Σ f(i, lanes) over [begin, end), in four sums so that additions need not wait for each other; f is 0
+// behind the last lane.
+template <class F>
+Vec partial_sum(int64_t begin, int64_t end, const F& f) {
+  Vec s[4] = {};
+  int64_t i = begin;
+  for (; i + 4 * W <= end; i += 4 * W)
+    for (int k = 0; k < 4; ++k) s[k] += f(i + k * W, W);
+  for (; i < end; i += W) s[0] += f(i, lanes(i, end));
+  return (s[0] + s[1]) + (s[2] + s[3]);
+}
+
 // body(row) for all rows, short ones several to a task.
 template <class Body>
 void for_rows(const Tensor& x, const Body& body) {
@@ -50,10 +62,10 @@ Normaliser reduce(const T* x, int64_t width) {
     }
     const bool nothing = top == -std::numeric_limits<float>::infinity() && end < width;
     if (nothing) continue;  // so far only -inf, which adds 0 unless the whole row is
-    for (int64_t i = begin; i < end; i += W) {
-      const int k = lanes(i, end);
-      total += keep_first(exp(load(x + i, k) - top), k, 0.0f);
-    }
+    total += partial_sum(begin, end, [&](int64_t i, int k) {
+      const Vec e = exp(load(x + i, k) - top);
+      return k < W ? keep_first(e, k, 0.0f) : e;
+    });
   }
   return {top, sum(total)};
 }
@@ -80,13 +92,10 @@ void backward(const Tensor& dy, const Tensor& y, const Tensor& dx) {
   for_rows(y, [&](int64_t n) {
     const T *g_row = dy.as<T>() + n * width, *y_row = y.as<T>() + n * width;
     T* out = dx.as<T>() + n * width;
-    Vec partial[2] = {};
-    for (int64_t i = 0; i < width; i += W) {
-      const int k = lanes(i, width);
-      const Vec g = load(g_row + i, k);  // 0 behind the last
-      partial[i / W % 2] += log ? g : g * load(y_row + i, k);
-    }
-    const Vec total = set(sum(partial[0] + partial[1]));
+    const Vec total = set(sum(partial_sum(0, width, [&](int64_t i, int k) {
+      const Vec g = load(g_row + i, k);
+      return log ? g : g * load(y_row + i, k);
+    })));
     for (int64_t i = 0; i < width; i += W) {
       const int k = lanes(i, width);
       const Vec g = load(g_row + i, k), v = load(y_row + i, k);

@@ -15,9 +15,10 @@ def dropout_fwd(x: Tensor, residual: Tensor | None, seed: Tensor, p: float, y: T
     n, d = x.shape
     block = fit(d, 1, config.DROPOUT_BLOCK)
     rows = config.DROPOUT_ELEMENTS // block
+    drop = philox.drop(seed, p)
     launch(
         _drop_kernel, x, (triton.cdiv(n, rows), triton.cdiv(d, block)),
-        x, residual, seed, y, n, d, philox.threshold(p), philox.scale(p),
+        x, residual, drop.seed, y, n, d, drop.threshold, drop.scale,
         rows, block, warps=config.warps(rows * block),
     )  # fmt: skip
 

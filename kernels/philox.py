@@ -3,18 +3,31 @@
 Philox4x32 with seven rounds (Salmon et al. 2011, Parallel Random Numbers: As Easy as 1, 2, 3).
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
-def threshold(p: float) -> int:
-    """Numbers below this are dropped: a share p of all 32-bit numbers."""
-    return min(int(p * 2**32), 2**32 - 1)
+class Drop(NamedTuple):
+    """What a kernel needs to drop elements: the seed, None for no dropout; the number of the first row;
+    below which numbers an element is dropped; and the factor of what is kept."""
+
+    seed: Tensor | None
+    first_row: int = 0
+    threshold: int = 0
+    scale: float = 1.0
 
 
-def scale(p: float) -> float:
-    """The factor of what dropout keeps."""
-    return 1 / (1 - p) if p < 1 else 0.0
+KEEP_ALL = Drop(None)
+
+
+def drop(seed: Tensor | None, p: float, first_row: int = 0) -> Drop:
+    """Drop with probability p; `seed` None or p 0: keep all."""
+    if seed is None or p == 0:
+        return KEEP_ALL
+    return Drop(seed, first_row, min(int(p * 2**32), 2**32 - 1), 1 / (1 - p) if p < 1 else 0.0)
 
 
 @triton.jit
@@ -28,3 +41,11 @@ def keeps(seed, rows, cols, threshold):
     word = cols // 16 % 4
     number = tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d))
     return number.to(tl.int64) >= threshold
+
+
+@triton.jit
+def dropped(x, seed, rows, cols, threshold, scale):
+    """x as dropout leaves it; seed: a pointer, or None for no dropout."""
+    if seed is not None:
+        x = tl.where(keeps(tl.load(seed), rows, cols, threshold), x * scale, 0.0)
+    return x

@@ -118,6 +118,12 @@ class EMBEDDING(Op):
         return (weight[idx].to(f) + position_weight[position_ids].to(f)).to(weight.dtype)
 
     @staticmethod
+    def unread(idx, weight, position_weight, position_ids, padding_idx):
+        """The rows that no token asks for, at least."""
+        tables = [t for t in (weight, position_weight) if t is not None]
+        return sum(max(0, t.shape[0] - idx.shape[0]) * t.shape[1] * t.element_size() for t in tables)
+
+    @staticmethod
     def outputs(idx, weight, position_weight, position_ids, padding_idx):
         return weight.new_empty(idx.shape[0], weight.shape[1])
 
@@ -180,7 +186,8 @@ class EMBEDDING(Op):
             yield Sample(label + ", positions", (make.integers(rows, *shape), make(rows, dim), positions), {})
         ids = make.integers(6, 5)
         yield Sample("position ids", (make.integers(9, 2, 5), make(9, 8), make(6, 8), ids), {})
-        yield Sample("padding", (make.integers(4, 2, 6), make(4, 8)), {"padding_idx": -1})
+        # too large for gradcheck: finite differences do not know of a row without gradient
+        yield Sample("padding", (make.integers(2, 2, 6), make(51, 8)), {"padding_idx": -50})
         yield Sample("one index", (make.integers(4), make(4, 8), make(2, 8)), {})
         yield Sample("one row", (make.integers(1, 40), make(2, 8)), {})
         yield Sample("int32", (make.integers(9, 2, 5).int(), make(9, 8)), {})

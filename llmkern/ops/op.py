@@ -19,7 +19,6 @@ from torch.utils.flop_counter import register_flop_formula
 from . import dispatch
 from .dispatch import tensors
 
-PASSES = -1  # in place of a gradient's index: the incoming gradient of the first result, as it is
 LIBRARY = torch.library.Library("llmkern", "DEF")
 OPS: dict[str, "Op"] = {}
 
@@ -93,6 +92,7 @@ class Op:
         refuse(backend, *args) -> str | None   why a fast forward kernel cannot take these arguments;
         refuse_bwd                             the same for backward
         flops(*args), flops_bwd(*args)         multiply and add count as two
+        unread(*args) -> int                   bytes of forward's arguments that it need not read
         public(...)                            the function that users call
         eager(...)                             the same by torch itself, with the same arguments
         samples(make), benchmarks(make)        arguments of `public`, ordinary and nasty; realistic
@@ -111,7 +111,8 @@ class Op:
     constant: tuple[str, ...] = ()  # tensor arguments of `public` that have no gradient
     results: int = 1  # the first `results` outputs are the op's results, the others only saved
     materialize: bool = False  # gradients of results that nobody used arrive as zeros, not as None
-    gradients: dict[str, int] = {}  # argument -> index of its gradient among backward's outputs, or PASSES
+    gradients: dict[str, int] = {}  # forward argument -> index of its gradient among backward's outputs
+    passes: dict[str, int] = {}  # forward argument -> index of the incoming gradient that is its own
     mutates: tuple[str, ...] = ()  # arguments that forward writes to
     lowers: bool = False  # computes in the autocast dtype, as torch's matrix products do
     fwd: Any  # torch.ops.llmkern.<name>_fwd.default, set by @register
@@ -128,6 +129,10 @@ class Op:
     @staticmethod
     def refuse_bwd(backend: str, *args: Any) -> str | None:
         return None
+
+    @staticmethod
+    def unread(*args: Any) -> int:
+        return 0
 
     @staticmethod
     def prepare_grad(grad: Tensor) -> Tensor:
@@ -177,6 +182,7 @@ def _with_autograd(op: Op) -> Callable[..., Any]:
     """Autograd around the two halves of `op`; skipped when no input needs a gradient."""
     names = [a.name for a in op.fwd._schema.arguments]
     slots = [op.gradients.get(name) for name in names]
+    passed = [op.passes.get(name) for name in names]
     count = len(op.bwd._schema.returns)
 
     class Function(torch.autograd.Function):
@@ -201,7 +207,7 @@ def _with_autograd(op: Op) -> Callable[..., Any]:
                 grads = (torch.zeros(shape, dtype=dtype, device=device), *grads[1:])
             needs = [False] * count
             for slot, wanted in zip(slots, ctx.needs_input_grad):
-                if slot not in (None, PASSES) and wanted:
+                if slot is not None and wanted:
                     needs[slot] = True
             if torch.is_grad_enabled():  # create_graph=True: formulas that autograd can see through
                 args = op.replay(*saved)
@@ -211,13 +217,16 @@ def _with_autograd(op: Op) -> Callable[..., Any]:
                 found = op.reference_bwd(*grads, *saved, needs)
             else:
                 found = op.bwd(*(None if g is None else op.prepare_grad(g) for g in grads), *saved, needs)
-            found = (*(found if isinstance(found, tuple) else (found,)), grads[0])  # the last is PASSES
+            found = found if isinstance(found, tuple) else (found,)
             return tuple(
-                found[slot] if slot is not None and wanted else None
-                for slot, wanted in zip(slots, ctx.needs_input_grad)
-            )
+                None if not wanted
+                else found[slot] if slot is not None
+                else grads[passing] if passing is not None
+                else None
+                for slot, passing, wanted in zip(slots, passed, ctx.needs_input_grad)
+            )  # fmt: skip
 
-    positions = [i for i, slot in enumerate(slots) if slot is not None]
+    positions = [i for i, both in enumerate(zip(slots, passed)) if both != (None, None)]
 
     def apply(*args):
         if torch.is_grad_enabled():
@@ -284,7 +293,8 @@ def cost(op: Op, half: str, *args: Any) -> Cost:
     outputs = op.outputs if half == "fwd" else op.outputs_bwd
     meta = tree_map_only(Tensor, lambda t: t.to("meta"), args)
     outs = outputs(*meta)
-    return Cost(flops(*args), nbytes(*args) + nbytes(*(outs if isinstance(outs, tuple) else (outs,))))
+    read = nbytes(*args) - (op.unread(*args) if half == "fwd" else 0)
+    return Cost(flops(*args), read + nbytes(*(outs if isinstance(outs, tuple) else (outs,))))
 
 
 def samples(op: Op, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Iterator[Sample]:

@@ -48,7 +48,7 @@ def test_gradient_where_masked(name: str, backend: str, device: str, strict):
 def test_rows_sum_to_one(backend: str, device: str, strict):
     with ops.use(backend):
         total = ops.softmax(randn(3, 9000).to(device) * 5).double().sum(-1)
-    assert (total - 1).abs().max() < 1e-6
+    assert (total - 1).abs().max() < 3e-6
 
 
 @both
