@@ -69,7 +69,7 @@ def examine(op: Op, sample: Sample, half: str, ceilings: Ceilings) -> tuple[Boun
     (call,) = calls(op, sample, half, ["llmkern"]).values()
     with Listen(op) as heard:
         call()
-    dtype = next(a.dtype for a in heard.args["fwd"] if isinstance(a, Tensor))
+    dtype = next(a.dtype for a in heard.args["fwd"] if isinstance(a, Tensor) and a.is_floating_point())
     bound = sum((ceilings.bound(cost(op, h, *heard.args[h]), dtype) for h in HALVES[half]), Bound())
     return bound, [heard.choice(h) for h in HALVES[half]]
 

@@ -63,7 +63,7 @@ def cases(
 
     def stream(op: Op, dtype: torch.dtype) -> Iterator[Case]:
         for sample in islice(op.benchmarks(Make(dtype, device)), 1 if quick else None):
-            yield from (Case(op, sample, dtype, half) for half in halves)
+            yield from (Case(op, sample, dtype, half) for half in halves if op.gradients or half == "fwd")
 
     streams = [stream(OPS[name], dtype) for name in names for dtype in dtypes]
     while streams:

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "buffer.h"
 #include "simd.h"
@@ -50,22 +51,29 @@ class Dropout {
  private:
   static constexpr int kLanes = 16;
 
-  void philox(uint32_t first, uint64_t row, uint32_t (*c)[kLanes]) const {
-    for (int i = 0; i < kLanes; ++i) {
-      c[0][i] = first + i;
-      c[1][i] = static_cast<uint32_t>(row);
-      c[2][i] = static_cast<uint32_t>(row >> 32);
-      c[3][i] = 0;
-    }
-    uint32_t k0 = static_cast<uint32_t>(seed_), k1 = static_cast<uint32_t>(seed_ >> 32);
-    for (int round = 0; round < 7; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
-      for (int i = 0; i < kLanes; ++i) {
-        const uint64_t a = uint64_t{0xD2511F53u} * c[0][i], b = uint64_t{0xCD9E8D57u} * c[2][i];
-        c[0][i] = static_cast<uint32_t>(b >> 32) ^ c[1][i] ^ k0;
-        c[2][i] = static_cast<uint32_t>(a >> 32) ^ c[3][i] ^ k1;
-        c[1][i] = static_cast<uint32_t>(b);
-        c[3][i] = static_cast<uint32_t>(a);
+  // Counters and words lie in the low halves of 64-bit lanes, as the multiplication wants them; what is
+  // in the high halves is never looked at.
+  void philox(uint32_t first, uint64_t row, uint32_t (*words)[kLanes]) const {
+    constexpr int lanes = W / 2;
+    for (int i = 0; i < kLanes; i += lanes) {
+      LongVec c0 = LongVec{} + (first + i), c1 = LongVec{} + row, c2 = c1 >> 32, c3{};
+      for (int j = 0; j < lanes; ++j) c0[j] += j;
+      uint32_t k0 = static_cast<uint32_t>(seed_), k1 = static_cast<uint32_t>(seed_ >> 32);
+      for (int round = 0; round < 7; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+        const LongVec a = multiply_low(c0, 0xD2511F53u), b = multiply_low(c2, 0xCD9E8D57u);
+        c0 = (b >> 32) ^ c1 ^ k0;
+        c2 = (a >> 32) ^ c3 ^ k1;
+        c1 = b;
+        c3 = a;
       }
+      keep_low(c0, words[0] + i), keep_low(c1, words[1] + i);
+      keep_low(c2, words[2] + i), keep_low(c3, words[3] + i);
+    }
+  }
+  static void keep_low(LongVec c, uint32_t* words) {
+    typedef uint32_t Low __attribute__((vector_size(W * 2)));
+    const Low low = __builtin_convertvector(c, Low);
+    std::memcpy(words, &low, sizeof low);
   }
 
   bool on_;
@@ -94,7 +102,7 @@ class DropMask {
     for (int i = 0; i < W; ++i) lane[i] = i;
     const uint64_t word = bits_.as<uint64_t>()[row * words_ + col / Dropout::kGroup];
     const IntVec keep = ((IntVec{} + static_cast<int32_t>(word >> (col % Dropout::kGroup))) >> lane) & 1;
-    return keep != 0 ? x * scale_ : Vec{};
+    return x * (keep != 0 ? set(scale_) : Vec{});  // NaN stays NaN, as in torch
   }
 
  private:

@@ -25,6 +25,7 @@ constexpr int W = 4;
 typedef float Vec __attribute__((vector_size(W * 4)));
 typedef int32_t IntVec __attribute__((vector_size(W * 4)));
 typedef uint16_t HalfVec __attribute__((vector_size(W * 2)));
+typedef uint64_t LongVec __attribute__((vector_size(W * 4)));  // W / 2 of 64 bits
 
 #if defined(__AVX512BF16__)
 constexpr bool has_bf16_dot = true;
@@ -348,6 +349,28 @@ inline Vec round_to_zipped_pairs(Vec, Vec) { return Vec{}; }
 inline Vec make_pairs(Vec first, Vec second) {
   return floats(((bits(first) >> 16) & 0xffff) | (bits(second) & static_cast<int32_t>(0xffff0000)));
 }
+
+// ---- whole numbers -------------------------------------------------------------------------------
+
+// The 64-bit products of b and the low 32 bits of each lane.
+inline LongVec multiply_low(LongVec a, uint32_t b) {
+#if defined(__AVX512F__)
+  return (LongVec)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+#elif defined(__AVX2__)
+  return (LongVec)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#else
+  return (a & 0xffffffffu) * uint64_t{b};
+#endif
+}
+
+// ---- shuffles within a vector --------------------------------------------------------------------
+
+template <int... L>
+Vec swap_neighbours(Vec x, std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(x, x, (L ^ 1)...);
+}
+// Lanes 1, 0, 3, 2, ...
+inline Vec swap_neighbours(Vec x) { return swap_neighbours(x, std::make_integer_sequence<int, W>{}); }
 
 // ---- transposing W x W ---------------------------------------------------------------------------
 

@@ -95,6 +95,12 @@ NORM_CHUNKS = 256  # groups of rows whose weight gradients are summed apart, the
 LOSS_BLOCK = 4096
 LINEAR_LOSS_PART = 2048  # classes that one program of linear_cross_entropy reduces
 LINEAR_LOSS_ROWS, LINEAR_LOSS_COLS = 8192, 4096  # most of dz in memory at once: 64 MiB in 16 bits
+SOFTMAX_BLOCK = 8192  # the longest row that stays in registers
+DROPOUT_BLOCK, DROPOUT_ELEMENTS = 1024, 1024  # columns at most, and elements of one program
+EMBEDDING_BLOCK = 2048  # of a row of the output
+EMBEDDING_COLUMNS, EMBEDDING_ELEMENTS = 128, 1024  # of a row's gradient; and tokens times columns at once
+ROPE_PAIRS = 256  # of a head at once
+ROPE_ELEMENTS = 1024  # pairs of one program: of one token, over heads
 SUM_ROWS, SUM_COLS = 32, 64  # of one step of a column sum
 SUM_CHUNK = 512  # rows of one program of it
 

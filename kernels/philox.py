@@ -47,5 +47,5 @@ def keeps(seed, rows, cols, threshold):
 def dropped(x, seed, rows, cols, threshold, scale):
     """x as dropout leaves it; seed: a pointer, or None for no dropout."""
     if seed is not None:
-        x = tl.where(keeps(tl.load(seed), rows, cols, threshold), x * scale, 0.0)
+        x *= tl.where(keeps(tl.load(seed), rows, cols, threshold), scale, 0.0)  # NaN stays NaN, as in torch
     return x

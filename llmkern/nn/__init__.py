@@ -1,20 +1,25 @@
 """Drop-in modules on llmkern's kernels.
 
 `Linear, LayerNorm, RMSNorm, MultiheadAttention, TransformerEncoderLayer, CrossEntropyLoss,
-LinearCrossEntropyLoss` are subclasses of torch's modules of the same name, with their arguments,
-parameters and state_dict keys.
+LinearCrossEntropyLoss, Embedding, Dropout, Softmax, LogSoftmax` are subclasses of torch's modules of the
+same name, with their arguments, parameters and state_dict keys.
 `CausalSelfAttention, MLP, GatedMLP, Block` are the parts of a GPT; `llmkern.nn.plain` has them in
-PyTorch alone.  `KVCache` keeps the keys and values of an attention layer for generation.
+PyTorch alone.  `RotaryEmbedding` is what Llama has for positions; `KVCache` keeps the keys and values of
+an attention layer for generation.
 """
 
 from . import plain
 from .attention import CausalSelfAttention, MultiheadAttention
 from .decode import KVCache
+from .dropout import Dropout
+from .embedding import Embedding
 from .ffn import MLP, GatedMLP, SequentialFFN
 from .linear import Linear
 from .linear_loss import LinearCrossEntropyLoss
 from .loss import CrossEntropyLoss
 from .norm import LayerNorm, RMSNorm
+from .rope import RotaryEmbedding
+from .softmax import LogSoftmax, Softmax
 from .transformer import Block, TransformerEncoderLayer
 
 __all__ = [
@@ -22,14 +27,19 @@ __all__ = [
     "Block",
     "CausalSelfAttention",
     "CrossEntropyLoss",
+    "Dropout",
+    "Embedding",
     "GatedMLP",
     "KVCache",
     "LayerNorm",
     "Linear",
     "LinearCrossEntropyLoss",
+    "LogSoftmax",
     "MultiheadAttention",
     "RMSNorm",
+    "RotaryEmbedding",
     "SequentialFFN",
+    "Softmax",
     "TransformerEncoderLayer",
     "plain",
 ]

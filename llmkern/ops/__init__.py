@@ -3,6 +3,8 @@
 from .attention import attention
 from .decode import decode_attention
 from .dispatch import FallbackError, FallbackWarning, implementations, set_fallback, use
+from .dropout import dropout
+from .embedding import embedding
 from .ffn import ffn
 from .linear import linear
 from .linear_loss import linear_cross_entropy
@@ -10,6 +12,9 @@ from .loss import cross_entropy
 from .memory import cached_bytes, empty_cache
 from .norm import layer_norm, rms_norm
 from .op import OPS
+from .rope import rope, rope_
+from .rope_table import rope_frequencies, rope_table
+from .softmax import log_softmax, softmax
 
 __all__ = [
     "OPS",
@@ -19,13 +24,21 @@ __all__ = [
     "cached_bytes",
     "cross_entropy",
     "decode_attention",
+    "dropout",
+    "embedding",
     "empty_cache",
     "ffn",
     "implementations",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "log_softmax",
     "rms_norm",
+    "rope",
+    "rope_",
+    "rope_frequencies",
+    "rope_table",
     "set_fallback",
+    "softmax",
     "use",
 ]

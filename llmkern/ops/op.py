@@ -84,12 +84,15 @@ class Op:
                                                schema is read from it; runs in any dtype
         outputs(*args) -> outputs              the same, empty: shapes, strides and dtypes
         save(args, outputs) -> saved           what backward needs, after the incoming gradients
-        replay(*saved) -> args                 forward arguments again (for double backward)
+        replay(*saved) -> args                 forward arguments again (for double backward); None, the
+                                               default, where the formula of backward is right as it
+                                               stands: linear ops, and those that save only results
         reference_bwd(*grads, *saved, needs)   gradients by formula; `needs[i]` tells if the i-th is wanted
         outputs_bwd(*grads, *saved, needs)     the same, empty; an unwanted one has 0 elements
         refuse(backend, *args) -> str | None   why a fast forward kernel cannot take these arguments;
         refuse_bwd                             the same for backward
         flops(*args), flops_bwd(*args)         multiply and add count as two
+        unread(*args) -> int                   bytes of forward's arguments that it need not read
         public(...)                            the function that users call
         eager(...)                             the same by torch itself, with the same arguments
         samples(make), benchmarks(make)        arguments of `public`, ordinary and nasty; realistic
@@ -107,6 +110,7 @@ class Op:
     source: str
     constant: tuple[str, ...] = ()  # tensor arguments of `public` that have no gradient
     results: int = 1  # the first `results` outputs are the op's results, the others only saved
+    materialize: bool = False  # gradients of results that nobody used arrive as zeros, not as None
     gradients: dict[str, int] = {}  # forward argument -> index of its gradient among backward's outputs
     passes: dict[str, int] = {}  # forward argument -> index of the incoming gradient that is its own
     mutates: tuple[str, ...] = ()  # arguments that forward writes to
@@ -115,8 +119,8 @@ class Op:
     bwd: Any = None  # None without gradients
 
     @staticmethod
-    def replay(*saved: Any) -> tuple:
-        raise NotImplementedError
+    def replay(*saved: Any) -> tuple | None:
+        return None
 
     @staticmethod
     def refuse(backend: str, *args: Any) -> str | None:
@@ -125,6 +129,10 @@ class Op:
     @staticmethod
     def refuse_bwd(backend: str, *args: Any) -> str | None:
         return None
+
+    @staticmethod
+    def unread(*args: Any) -> int:
+        return 0
 
     @staticmethod
     def prepare_grad(grad: Tensor) -> Tensor:
@@ -186,7 +194,7 @@ def _with_autograd(op: Op) -> Callable[..., Any]:
             ctx.constants = [None if isinstance(s, Tensor) else s for s in saved]
             ctx.is_tensor = [isinstance(s, Tensor) for s in saved]
             ctx.save_for_backward(*(s for s in saved if isinstance(s, Tensor)))
-            ctx.set_materialize_grads(False)
+            ctx.set_materialize_grads(op.materialize)
             ctx.like = outs[0].shape, outs[0].dtype, outs[0].device
             return outs[: op.results] if op.results > 1 else outs[0]
 
@@ -203,8 +211,9 @@ def _with_autograd(op: Op) -> Callable[..., Any]:
                     needs[slot] = True
             if torch.is_grad_enabled():  # create_graph=True: formulas that autograd can see through
                 args = op.replay(*saved)
-                outs = op.reference(*args)
-                saved = op.save(args, outs if isinstance(outs, tuple) else (outs,))
+                if args is not None:
+                    outs = op.reference(*args)
+                    saved = op.save(args, outs if isinstance(outs, tuple) else (outs,))
                 found = op.reference_bwd(*grads, *saved, needs)
             else:
                 found = op.bwd(*(None if g is None else op.prepare_grad(g) for g in grads), *saved, needs)
@@ -284,7 +293,8 @@ def cost(op: Op, half: str, *args: Any) -> Cost:
     outputs = op.outputs if half == "fwd" else op.outputs_bwd
     meta = tree_map_only(Tensor, lambda t: t.to("meta"), args)
     outs = outputs(*meta)
-    return Cost(flops(*args), nbytes(*args) + nbytes(*(outs if isinstance(outs, tuple) else (outs,))))
+    read = nbytes(*args) - (op.unread(*args) if half == "fwd" else 0)
+    return Cost(flops(*args), read + nbytes(*(outs if isinstance(outs, tuple) else (outs,))))
 
 
 def samples(op: Op, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Iterator[Sample]:
