@@ -6,11 +6,13 @@ from .ffn import ffn
 from .loss import cross_entropy
 from .norm import layer_norm, rms_norm
 from .op import OPS
+from .optim import adamw
 
 __all__ = [
     "OPS",
     "FallbackError",
     "FallbackWarning",
+    "adamw",
     "attention",
     "cross_entropy",
     "ffn",
