@@ -216,6 +216,17 @@ inline Vec min(Vec a, Vec b) {
 #endif
 }
 
+inline Vec sqrt(Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_sqrt_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(x);
+#else
+  for (int i = 0; i < W; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
+
 // Lane sums in one fixed tree, so that the result does not depend on the compiler's mood.
 inline float sum(Vec x) {
   float lanes[W];

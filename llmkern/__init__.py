@@ -1,6 +1,6 @@
 """llmkern: get a PyTorch GPT past the hardware wall it hits."""
 
-from . import models, nn, ops
+from . import models, nn, ops, optim
 from .ops import empty_cache, set_fallback, use
 from .ops.explain import explain
 from .swap import restore_, swap_, swapped

@@ -62,9 +62,11 @@ def test_imports_are_seen(tmp_path: Path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_has_its_four_rooms(family: str):
-    rooms = [f"llmkern/ops/{family}.py", f"kernels/{family}.py", f"llmkern/nn/{family}.py"]
+    rooms = [f"llmkern/ops/{family}.py", f"kernels/{family}.py"]
     for room in rooms:
         assert (ROOT / room).exists(), room
+    modules = [f"llmkern/nn/{family}.py", f"llmkern/{family}.py"]  # an optimizer is no nn.Module
+    assert any((ROOT / module).exists() for module in modules), modules
     assert list((ROOT / "csrc").glob(f"{family}*.cpp")), f"csrc/{family}.cpp"
 
 

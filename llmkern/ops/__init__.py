@@ -12,6 +12,7 @@ from .loss import cross_entropy
 from .memory import cached_bytes, empty_cache
 from .norm import layer_norm, rms_norm
 from .op import OPS
+from .optim import adamw
 from .rope import rope, rope_
 from .rope_table import rope_frequencies, rope_table
 from .softmax import log_softmax, softmax
@@ -20,6 +21,7 @@ __all__ = [
     "OPS",
     "FallbackError",
     "FallbackWarning",
+    "adamw",
     "attention",
     "cached_bytes",
     "cross_entropy",
