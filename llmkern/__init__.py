@@ -11,6 +11,7 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "optim",
     "restore_",
     "set_fallback",
     "swap_",
