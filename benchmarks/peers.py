@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llmkern import _cpu
 from llmkern.ops import use
+from llmkern.ops.dispatch import tensors
 from llmkern.ops.explain import Choice, Listen
 from llmkern.ops.op import Op, Sample, cost, differentiable
 
@@ -69,7 +70,7 @@ def examine(op: Op, sample: Sample, half: str, ceilings: Ceilings) -> tuple[Boun
     (call,) = calls(op, sample, half, ["llmkern"]).values()
     with Listen(op) as heard:
         call()
-    dtype = next(a.dtype for a in heard.args["fwd"] if isinstance(a, Tensor) and a.is_floating_point())
+    dtype = next(t.dtype for t in tensors(heard.args["fwd"]) if t.is_floating_point())
     bound = sum((ceilings.bound(cost(op, h, *heard.args[h]), dtype) for h in HALVES[half]), Bound())
     return bound, [heard.choice(h) for h in HALVES[half]]
 
