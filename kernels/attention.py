@@ -16,7 +16,9 @@ __all__ = ["attention_bwd", "attention_fwd"]
 
 
 def attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal_offset: int | None, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, alibi_slopes: Tensor | None,
+    sinks: Tensor | None, spans: Tensor | None, seed: Tensor | None, diagonal: int, left: int | None,
+    right: int | None, scale: float, softcap: float, dropout_p: float,
     out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     """out = softmax(scale q kᵀ + mask) v, and the natural log-sum-exp of the scores.
@@ -30,6 +32,7 @@ def attention_fwd(
     if not lse.numel():
         return
     block_d, block_m, block_n, kind, run = plan(config.ATTENTION_FWD, q, k, mask)
+    causal_offset = None if right is None else diagonal
     launch(
         _forward_kernel, q, (triton.cdiv(s_q, block_m) * batch * heads,),
         q, k, v, mask, out, lse,

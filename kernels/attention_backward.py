@@ -15,14 +15,17 @@ from .launch import fit, launch
 
 
 def attention_bwd(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
-    out: Tensor, lse: Tensor, causal_offset: int | None, scale: float, needs: list[bool],
-    dq: Tensor, dk: Tensor, dv: Tensor, dmask: Tensor,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, alibi_slopes: Tensor | None,
+    sinks: Tensor | None, spans: Tensor | None, seed: Tensor | None, diagonal: int, left: int | None,
+    right: int | None, scale: float, softcap: float, dropout_p: float,
+    out: Tensor, lse: Tensor, needs: list[bool], dq: Tensor, dk: Tensor, dv: Tensor, dmask: Tensor,
+    dsinks: Tensor,
 ) -> None:  # fmt: skip
     """Gradients of attention_fwd, shaped as q, k and v; dlse (B, H, S_q) may be None.
 
     dmask is not made: it would be as large as all the scores.
     """
+    causal_offset = None if right is None else diagonal
     delta = torch.empty_like(lse)
     if lse.numel():
         _launch_delta(dout, out, dlse, delta)

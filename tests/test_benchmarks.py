@@ -147,3 +147,14 @@ def test_gpu_command_without_gpu(main, capsys):
     assert gpu.main([]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert "benchmarks.gpu" in sys.modules
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_every_op_has_a_bound(op: Op, main):
+    from benchmarks.ceilings import Ceilings
+    from benchmarks.peers import examine
+
+    ceilings = Ceilings({"float32": {"fma": 1e11}}, {2**19: {"copy": 1e10}})
+    half = "fwd+bwd" if op.gradients else "fwd"
+    bound, choices = examine(op, next(op.samples(Make(torch.float32))), half, ceilings)
+    assert bound.seconds > 0 and len(choices) == 1 + bool(op.gradients)

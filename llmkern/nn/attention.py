@@ -81,7 +81,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             v = torch.cat((v, self._heads(self.bias_v, True).expand(len(v), -1, -1, -1)), dim=2)
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-        out = ops.attention(q, k, v, mask, is_causal)  # (B, H, L, D)
+        out = ops.attention(q, k, v, mask, is_causal=is_causal)  # (B, H, L, D)
         if batched and not self.batch_first:
             out = out.permute(2, 0, 1, 3).flatten(2)  # (L, B, E)
         else:

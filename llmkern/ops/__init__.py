@@ -1,6 +1,6 @@
 """The op table and its functions: `llmkern.ops.attention(q, k, v, is_causal=True)` and so on."""
 
-from .attention import attention
+from .attention import attention, attention_varlen
 from .decode import decode_attention
 from .dispatch import FallbackError, FallbackWarning, implementations, set_fallback, use
 from .dropout import dropout
@@ -23,6 +23,7 @@ __all__ = [
     "FallbackWarning",
     "adamw",
     "attention",
+    "attention_varlen",
     "cached_bytes",
     "cross_entropy",
     "decode_attention",
