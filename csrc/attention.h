@@ -22,6 +22,7 @@
 
 #include "buffer.h"
 #include "pack.h"
+#include "philox.h"
 #include "threads.h"
 
 namespace llmkern::attn {
@@ -34,49 +35,115 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 inline int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
 
+// The op's arguments beside query, key and value (llmkern/ops/attention_rules.py).
+struct Rules {
+  Tensor mask, alibi_slopes, sinks, spans, seed;
+  int64_t diagonal;
+  OptionalInt left, right;
+  double scale, softcap, dropout_p;
+};
+
+// Shapes, and which keys a query sees.  Both ends of what it sees never fall from one query to the next.
 struct Problem {
   int64_t batch, heads, kv_heads, group, s_q, s_k, dim, width;  // width: dim rounded up to vectors
-  float scale;
+  int64_t value_dim, value_width;
+  float scale, softcap;
+  Dropout dropout;
 
-  Problem(const Tensor& q, const Tensor& k, const Tensor& mask, OptionalInt offset, double scale)
+  Problem(const Tensor& q, const Tensor& k, const Tensor& v, const Rules& rules)
       : batch(q.size[0]), heads(q.size[1]), kv_heads(k.size[1]), group(heads / kv_heads), s_q(q.size[2]),
-        s_k(k.size[2]), dim(q.size[3]), width(round_up(dim, W)), scale(static_cast<float>(scale)),
-        causal_(offset.given), offset_(std::clamp(offset.value, -s_q - 1, s_k)), mask_(mask) {}
+        s_k(k.size[2]), dim(q.size[3]), width(round_up(dim, W)), value_dim(v.size[3]),
+        value_width(round_up(value_dim, W)), scale(static_cast<float>(rules.scale)),
+        softcap(static_cast<float>(rules.softcap)), dropout(rules.seed, rules.dropout_p), rules_(rules),
+        left_(limit(rules.left)), right_(limit(rules.right)) {}
 
-  // Query i sees keys 0 .. visible(i) - 1, as far as the diagonal goes.
-  int64_t visible(int64_t query) const {
-    return causal_ ? std::clamp<int64_t>(query + offset_ + 1, 0, s_k) : s_k;
+  // The first key that a query sees, and the end of the keys that it sees.
+  int64_t first_key(int64_t b, int64_t query) const { return within(b, query, position(b, query) - left_); }
+  int64_t end_key(int64_t b, int64_t query) const {
+    return within(b, query, position(b, query) + right_ + 1);
   }
-  // The first query that sees a key.
-  int64_t first_query(int64_t key) const { return causal_ ? std::clamp<int64_t>(key - offset_, 0, s_q) : 0; }
+  // The first query that sees `key` or one behind it, and the first that sees only keys behind it.
+  int64_t first_query(int64_t b, int64_t key) const {
+    return first_that([&](int64_t query) { return end_key(b, query) > key; });
+  }
+  int64_t end_query(int64_t b, int64_t key) const {
+    return first_that([&](int64_t query) { return first_key(b, query) > key; });
+  }
 
-  // Applies the mask to the scores of one query and keys key .. key + n - 1.
-  void add_mask(int64_t b, int64_t h, int64_t query, int64_t key, int n, float* scores) const {
-    if (!mask_) return;
-    const int64_t* strides = mask_.stride;
-    const int64_t at = b * strides[0] + h * strides[1] + query * strides[2] + key * strides[3];
-    if (mask_.dtype == DType::boolean)
-      change(mask_.as<uint8_t>() + at, n, scores, [](uint8_t see, float s) { return see ? s : -kInfinity; });
-    else
-      with_type(mask_.dtype, [&](auto t) {
-        using T = decltype(t);
-        change(mask_.as<T>() + at, n, scores, [](T m, float s) { return s + to_float(m); });
-      });
+  int64_t row(int64_t b, int64_t h, int64_t query) const { return (b * heads + h) * s_q + query; }
+  float sink(int64_t h) const { return rules_.sinks.as<float>()[h]; }
+  bool has_sinks() const { return static_cast<bool>(rules_.sinks); }
+
+  // Caps scores, whole vectors of them; the derivative goes to `slopes`, if any.
+  void cap(int n, float* scores, float* slopes) const {
+    for (int j = 0; j < n; j += W) {
+      const Vec bent = tanh(load(scores + j) * (1 / softcap));
+      store(scores + j, bent * softcap);
+      if (slopes) store(slopes + j, 1.0f - bent * bent);
+    }
+  }
+  // Adds ALiBi and mask to the scores of a query and keys key .. key + n - 1.
+  void add_biases(int64_t b, int64_t h, int64_t query, int64_t key, int n, float* scores) const {
+    if (rules_.alibi_slopes) add_alibi(b, h, query, key, n, scores);
+    if (rules_.mask) add_mask(b, h, query, key, n, scores);
   }
 
  private:
+  int64_t limit(OptionalInt side) const {
+    const int64_t most = s_q + s_k + std::abs(rules_.diagonal);
+    return side.given ? std::min(side.value, most) : most;
+  }
+  const int64_t* span(int64_t b, int which) const {
+    return rules_.spans.as<int64_t>() + b * rules_.spans.stride[0] + which * rules_.spans.stride[1];
+  }
+  int64_t position(int64_t b, int64_t query) const {
+    return query + (rules_.spans ? span(b, 2)[query] : rules_.diagonal);
+  }
+  int64_t within(int64_t b, int64_t query, int64_t key) const {
+    if (!rules_.spans) return std::clamp<int64_t>(key, 0, s_k);
+    return std::clamp(key, span(b, 0)[query], span(b, 1)[query]);
+  }
+  template <class F>
+  int64_t first_that(const F& holds) const {
+    int64_t low = 0, high = s_q;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      holds(middle) ? high = middle : low = middle + 1;
+    }
+    return low;
+  }
+
+  void add_alibi(int64_t b, int64_t h, int64_t query, int64_t key, int n, float* scores) const {
+    const Tensor& slopes = rules_.alibi_slopes;
+    const float slope = slopes.as<float>()[b * slopes.stride[0] + h * slopes.stride[1]];
+    Vec distance = set(static_cast<float>(key - position(b, query)));
+    for (int i = 0; i < W; ++i) distance[i] += static_cast<float>(i);
+    for (int j = 0; j < n; j += W, distance += static_cast<float>(W))
+      store(scores + j, load(scores + j) - slope * max(distance, -distance));
+  }
+  void add_mask(int64_t b, int64_t h, int64_t query, int64_t key, int n, float* scores) const {
+    const Tensor& mask = rules_.mask;
+    const int64_t* strides = mask.stride;
+    const int64_t at = b * strides[0] + h * strides[1] + query * strides[2] + key * strides[3];
+    if (mask.dtype == DType::boolean)
+      change(mask.as<uint8_t>() + at, n, scores, [](uint8_t see, float s) { return see ? s : -kInfinity; });
+    else
+      with_type(mask.dtype, [&](auto t) {
+        using T = decltype(t);
+        change(mask.as<T>() + at, n, scores, [](T m, float s) { return s + to_float(m); });
+      });
+  }
   template <class T, class F>
   void change(const T* mask, int n, float* scores, const F& f) const {
-    const int64_t stride = mask_.stride[3];
+    const int64_t stride = rules_.mask.stride[3];
     if (stride == 1)  // a loop of its own: the compiler makes vectors of it
       for (int j = 0; j < n; ++j) scores[j] = f(mask[j], scores[j]);
     else
       for (int j = 0; j < n; ++j) scores[j] = f(mask[j * stride], scores[j]);
   }
 
-  bool causal_;
-  int64_t offset_;
-  Tensor mask_;
+  Rules rules_;
+  int64_t left_, right_;
 };
 
 // The (length, dim) matrix of one head.
@@ -95,19 +162,19 @@ void pack_panels(const Matrix<T>& m, float* to) {
   Packing<P, std::remove_const_t<T>>(m, 0, 0, m.cols).run(ceil_div(m.rows, P), to);
 }
 
-// A block of scores: queries row .. row + rows - 1, keys key .. key + keys - 1.  The diagonal cuts it in
+// A block of scores of batch b: queries row .. row + rows - 1, keys key .. key + keys - 1.  The diagonal cuts it in
 // steps of tiles: a tile of queries has only those vectors of keys that its last query sees.
 struct Block {
-  int64_t row, key;
+  int64_t b, row, key;
   int rows, keys;
   int part[kQueries / kTileRows];  // keys of each tile, a multiple of W
 
-  Block(const Problem& p, int64_t row, int64_t row_end, int64_t key, int64_t key_end)
-      : row(row), key(key), rows(static_cast<int>(std::min<int64_t>(kQueries, row_end - row))),
+  Block(const Problem& p, int64_t b, int64_t row, int64_t row_end, int64_t key, int64_t key_end)
+      : b(b), row(row), key(key), rows(static_cast<int>(std::min<int64_t>(kQueries, row_end - row))),
         keys(static_cast<int>(std::min<int64_t>(kKeys, key_end - key))) {
     for (int t = 0; t < tiles(); ++t) {
       const int64_t last = row + std::min((t + 1) * kTileRows, rows) - 1;
-      part[t] = static_cast<int>(round_up(std::clamp<int64_t>(p.visible(last) - key, 0, keys), W));
+      part[t] = static_cast<int>(round_up(std::clamp<int64_t>(p.end_key(b, last) - key, 0, keys), W));
     }
   }
   int tiles() const { return static_cast<int>(ceil_div(rows, kTileRows)); }
@@ -118,13 +185,20 @@ struct Block {
     while (t < tiles() && part[t] <= j) ++t;
     return t * kTileRows;
   }
-  // Makes scores -inf that do not count.
-  void hide(const Problem& p, int64_t b, int64_t h, float* scores) const {
+  // Finishes the scores, and makes those -inf that are out of sight.
+  void finish(const Problem& p, int64_t h, float* scores, float* slopes = nullptr) const {
     for (int i = 0; i < rows; ++i, scores += kPitch) {
-      const int see = static_cast<int>(std::clamp<int64_t>(p.visible(row + i) - key, 0, part_of(i)));
-      p.add_mask(b, h, row + i, key, see, scores);
-      std::fill(scores + see, scores + part_of(i), -kInfinity);
+      const int end = within(p.end_key(b, row + i), i), first = std::min(within(p.first_key(b, row + i), i), end);
+      if (p.softcap > 0) p.cap(part_of(i), scores, slopes ? slopes + i * kPitch : nullptr);
+      p.add_biases(b, h, row + i, key, end, scores);
+      std::fill(scores, scores + first, -kInfinity);
+      std::fill(scores + end, scores + part_of(i), -kInfinity);
     }
+  }
+
+ private:
+  int within(int64_t k, int i) const {
+    return static_cast<int>(std::clamp<int64_t>(k - key, 0, part_of(i)));
   }
 };
 

@@ -17,29 +17,33 @@ template <class T>
 class Queries {
  public:
   static int64_t floats(const Problem& p) {
-    return packed_size<W, T>(kQueries, p.dim) + kQueries * (p.width + kPitch + W + 3);
+    return packed_size<W, T>(kQueries, p.dim) + kQueries * (p.value_width + kPitch + W + 3);
   }
   Queries(const Problem& p, Scratch& scratch)
       : p_(p), left_(scratch.take(packed_size<W, T>(kQueries, p.dim))),
-        scores_(scratch.take(kQueries * kPitch)), out_(scratch.take(kQueries * p.width)),
+        scores_(scratch.take(kQueries * kPitch)), out_(scratch.take(kQueries * p.value_width)),
         sums_(scratch.take(kQueries * W)), top_(scratch.take(kQueries)), base_(scratch.take(kQueries)),
         keep_(scratch.take(kQueries)) {}
 
-  void start(const Matrix<const T>& queries) {
+  // A sink is a key that the sum has before all others, with a value of 0.
+  void start(int64_t h, const Matrix<const T>& queries) {
+    h_ = h;
     pack_panels<W>(queries, left_);
-    std::fill_n(out_, kQueries * p_.width, 0.0f);
+    std::fill_n(out_, kQueries * p_.value_width, 0.0f);
     std::fill_n(sums_, kQueries * W, 0.0f);
-    std::fill_n(top_, kQueries, -kInfinity);
+    std::fill_n(top_, kQueries, p_.has_sinks() ? p_.sink(h) : -kInfinity);
+    if (p_.has_sinks())
+      for (int i = 0; i < kQueries; ++i) sums_[i * W] = 1;
   }
 
-  void add(const Block& block, int64_t b, int64_t h, const float* keys, const float* values) {
+  void add(const Block& block, const float* keys, const float* values) {
     multiply_scores<T>(block, p_.dim, left_, keys, p_.scale, scores_);
-    block.hide(p_, b, h, scores_);
+    block.finish(p_, h_, scores_);
     for (int i = 0; i < block.rows; i += W) new_maximum(block, i);
     for (int i = 0; i < block.rows; ++i)
-      if (block.part_of(i)) exponentials(scores_ + i * kPitch, block.part_of(i), i);
-    multiply_rows<T>(block, scores_, values, p_.width, [&](int i, int64_t d, Vec sums) {
-      float* to = out_ + i * p_.width + d;
+      if (block.part_of(i)) exponentials(block, i);
+    multiply_rows<T>(block, scores_, values, p_.value_width, [&](int i, int64_t d, Vec sums) {
+      float* to = out_ + i * p_.value_width + d;
       store(to, fma(load(to), set(keep_[i]), sums));
     });
   }
@@ -51,7 +55,7 @@ class Queries {
       lse[i] = top_[i] + std::log(l);
       factor[i] = l == 0 ? 0 : 1 / l;
     }
-    write_rows(out_, rows, p_.width, out, [&](int64_t i) { return factor[i]; });
+    write_rows(out_, rows, p_.value_width, out, [&](int64_t i) { return factor[i]; });
   }
 
  private:
@@ -74,15 +78,25 @@ class Queries {
     store(keep_ + first, softmax_exp(before - base));
   }
 
-  // One row of scores into probabilities, units of T, and their sum.
-  void exponentials(float* row, int keys, int i) {
+  // One row of scores into probabilities, units of T, and their sum; what is dropped still counts in it.
+  void exponentials(const Block& block, int i) {
+    float* row = scores_ + i * kPitch;
+    const int keys = block.part_of(i);
+    alignas(64) float kept[kKeys];
+    if (p_.dropout)
+      for (int j = 0; j < keys; j += Dropout::kGroup)
+        p_.dropout.factors(p_.row(block.b, h_, block.row + i), block.key + j, kept + j);
     const Vec base = set(base_[i]);
     Vec total[2] = {load(sums_ + i * W) * keep_[i], Vec{}};
     for (int j = 0; j < keys; j += 2 * W) {
-      const Vec a = softmax_exp(load(row + j) - base);
-      const Vec b = j + W < keys ? softmax_exp(load(row + j + W) - base) : Vec{};
+      Vec a = softmax_exp(load(row + j) - base);
+      Vec b = j + W < keys ? softmax_exp(load(row + j + W) - base) : Vec{};
       total[0] += a;
       total[1] += b;
+      if (p_.dropout) {
+        a *= load(kept + j);
+        if (j + W < keys) b *= load(kept + j + W);
+      }
       if constexpr (Units<T>::depth == 2) {
         store(row + j / 2, round_to_pairs(a, b));
       } else {
@@ -94,6 +108,7 @@ class Queries {
   }
 
   const Problem& p_;
+  int64_t h_ = 0;
   float *left_, *scores_, *out_, *sums_, *top_, *base_, *keep_;
 };
 
@@ -101,16 +116,17 @@ class Queries {
 template <class T>
 void forward_chunk(const Problem& p, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                    const Tensor& lse, int64_t b, int64_t kv_head, int64_t first, int64_t last) {
-  const int64_t keys = p.visible(last - 1), blocks = ceil_div(keys, kKeys);
+  const int64_t first_key = p.first_key(b, first) / kKeys * kKeys, end_key = p.end_key(b, last - 1);
+  const int64_t blocks = ceil_div(std::max<int64_t>(0, end_key - first_key), kKeys);
   const int64_t key_size = packed_size<kPanel, T>(kKeys, p.dim);
-  const int64_t value_size = packed_size<kPanel, T>(p.dim, kKeys);
+  const int64_t value_size = packed_size<kPanel, T>(p.value_dim, kKeys);
   Scratch scratch(blocks * (key_size + value_size) + Queries<T>::floats(p));
   float *packed_keys = scratch.take(blocks * key_size), *packed_values = scratch.take(blocks * value_size);
   const auto k_head = head_of<const T>(k, b, kv_head), v_head = head_of<const T>(v, b, kv_head);
   for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t n = std::min<int64_t>(kKeys, keys - i * kKeys);
-    pack_panels<kPanel>(k_head.some_rows(i * kKeys, n), packed_keys + i * key_size);
-    pack_panels<kPanel>(v_head.some_rows(i * kKeys, n).t(), packed_values + i * value_size);
+    const int64_t key = first_key + i * kKeys, n = std::min<int64_t>(kKeys, end_key - key);
+    pack_panels<kPanel>(k_head.some_rows(key, n), packed_keys + i * key_size);
+    pack_panels<kPanel>(v_head.some_rows(key, n).t(), packed_values + i * value_size);
   }
   Queries<T> queries(p, scratch);
   for (int64_t h = kv_head * p.group; h < (kv_head + 1) * p.group; ++h) {
@@ -118,12 +134,14 @@ void forward_chunk(const Problem& p, const Tensor& q, const Tensor& k, const Ten
     const auto out_head = head_of<T>(out, b, h);
     for (int64_t row = first; row < last; row += kQueries) {
       const int rows = static_cast<int>(std::min<int64_t>(kQueries, last - row));
-      queries.start(q_head.some_rows(row, rows));
-      const int64_t seen = p.visible(row + rows - 1);
-      for (int64_t key = 0; key < seen; key += kKeys)
-        queries.add(Block(p, row, last, key, keys), b, h, packed_keys + key / kKeys * key_size,
-                    packed_values + key / kKeys * value_size);
-      queries.finish(rows, out_head.some_rows(row, rows), lse.as<float>() + (b * p.heads + h) * p.s_q + row);
+      queries.start(h, q_head.some_rows(row, rows));
+      const int64_t seen = p.end_key(b, row + rows - 1);
+      for (int64_t key = p.first_key(b, row) / kKeys * kKeys; key < seen; key += kKeys) {
+        const int64_t i = (key - first_key) / kKeys;
+        queries.add(Block(p, b, row, last, key, end_key), packed_keys + i * key_size,
+                    packed_values + i * value_size);
+      }
+      queries.finish(rows, out_head.some_rows(row, rows), lse.as<float>() + p.row(b, h, row));
     }
   }
 }
@@ -145,9 +163,11 @@ void forward(const Problem& p, const Tensor& q, const Tensor& k, const Tensor& v
 }  // namespace
 }  // namespace attn
 
-void attention_fwd(Tensor q, Tensor k, Tensor v, Tensor mask, OptionalInt causal_offset, double scale,
-                   Tensor out, Tensor lse) {
-  const attn::Problem problem(q, k, mask, causal_offset, scale);
+void attention_fwd(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor alibi_slopes, Tensor sinks, Tensor spans,
+                   Tensor seed, int64_t diagonal, OptionalInt left, OptionalInt right, double scale,
+                   double softcap, double dropout_p, Tensor out, Tensor lse) {
+  const attn::Problem problem(q, k, v, {mask, alibi_slopes, sinks, spans, seed, diagonal, left, right, scale,
+                                        softcap, dropout_p});
   with_type(q.dtype, [&](auto t) { attn::forward<decltype(t)>(problem, q, k, v, out, lse); });
 }
 

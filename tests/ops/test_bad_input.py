@@ -11,6 +11,39 @@ def r(*shape, dtype=torch.float32, device="cpu"):
 
 
 CASES = [
+    ("window", lambda: ops.attention(*[r(1, 1, 2, 4)] * 3, window=(-2, 0)), "window is (-2, 0), expected"),
+    ("dropout", lambda: ops.attention(*[r(1, 1, 2, 4)] * 3, dropout_p=1.5), "dropout_p is 1.5, expected"),
+    ("softcap", lambda: ops.attention(*[r(1, 1, 2, 4)] * 3, softcap=-1.0), "softcap is -1.0, expected"),
+    (
+        "slopes",
+        lambda: ops.attention(*[r(1, 2, 2, 4)] * 3, alibi_slopes=r(3)),
+        "alibi_slopes is torch.float32 of shape (3,), expected floating point of shape (2,) or (1, 2)",
+    ),
+    (
+        "sinks",
+        lambda: ops.attention(*[r(1, 2, 2, 4)] * 3, sinks=r(1)),
+        "sinks is torch.float32 of shape (1,)",
+    ),
+    (
+        "documents",
+        lambda: ops.attention(*[r(1, 1, 2, 4)] * 3, document_ids=torch.zeros(1, 3, dtype=torch.int64)),
+        "document_ids is torch.int64 of shape (1, 3) for 2 queries",
+    ),
+    (
+        "packed rank",
+        lambda: ops.attention_varlen(*[r(1, 2, 2, 4)] * 3, torch.tensor([0, 1])),
+        "query has shape (1, 2, 2, 4), expected 3 dimensions",
+    ),
+    (
+        "packed order",
+        lambda: ops.attention_varlen(*[r(4, 2, 4)] * 3, torch.tensor([0, 3, 2])),
+        "cu_seqlens_q is [0, 3, 2], expected numbers from 0 to 4 that never decrease",
+    ),
+    (
+        "packed count",
+        lambda: ops.attention_varlen(*[r(4, 2, 4)] * 3, torch.tensor([0, 4]), torch.tensor([0, 1, 4])),
+        "cu_seqlens_k has 3 elements, expected 2",
+    ),
     ("rank", lambda: ops.attention(r(2, 3, 4), r(2, 3, 4), r(2, 3, 4)), "query has shape (2, 3, 4)"),
     (
         "dtype mix",
