@@ -14,7 +14,7 @@ from .ops.dispatch import fall_back
 
 NAME = "llmkern"
 BEFORE = "_llmkern_attention_before"  # the attribute in which a model keeps its former setting
-UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")  # what the kernel cannot do yet
+UNKNOWN = ("position_bias", "head_mask")  # what the kernel cannot do yet
 
 
 def is_model(module: nn.Module) -> bool:
@@ -60,6 +60,8 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """What a transformers attention module calls.
@@ -68,25 +70,24 @@ def attention(
         query, key, value: (B, H, S_q, D), (B, H_kv, S_k, D), (B, H_kv, S_k, D).
         attention_mask: broadcastable to (B, H, S_q, S_k), bool or additive; None is causal or full, as
             `is_causal`, or by default the module, says.  A sliding window is in it.
+        softcap: of the scores, as Gemma 2 has it.
+        s_aux: (H,), sinks, as gpt-oss has them.
 
     Returns:
         (output, None): (B, S_q, H, D); weights are never formed.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = causal and attention_mask is None and query.shape[2] > 1
-    if reason := _why_not(dropout, query, key, value, kwargs):
+    if reason := _why_not(kwargs):
         fall_back(f"{type(module).__name__}'s attention", reason)
-        options = dict(scaling=scaling, dropout=dropout, **kwargs)
-        if any(kwargs.get(name) is not None for name in UNKNOWN):
-            eager = sys.modules[type(module).__module__].eager_attention_forward
-            mask = _additive(attention_mask, causal, query, key)
-            return eager(module, query, key, value, mask, **options)
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, is_causal=is_causal, **options
-        )
-    out = ops.attention(query, key, value, attention_mask, is_causal=causal, scale=scaling)
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        mask = _additive(attention_mask, causal, query, key)
+        options = dict(softcap=softcap, s_aux=s_aux)
+        kwargs.update({name: value for name, value in options.items() if value is not None})
+        return eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+    out = ops.attention(
+        query, key, value, attention_mask, dropout, causal, scaling, softcap=softcap or 0.0, sinks=s_aux
+    )
     return out.transpose(1, 2), None
 
 
@@ -99,12 +100,8 @@ def _additive(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> 
     return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
 
 
-def _why_not(dropout: float, query: Tensor, key: Tensor, value: Tensor, kwargs: dict) -> str | None:
-    if dropout > 0:
-        return f"attention dropout {dropout} while training"
+def _why_not(kwargs: dict) -> str | None:
     for name in UNKNOWN:
         if kwargs.get(name) is not None:
             return f"its option {name} is {type(kwargs[name]).__name__}, expected None"
-    if key.shape != value.shape or query.shape[-1] != key.shape[-1]:
-        return f"head dims of query, key and value are {[t.shape[-1] for t in (query, key, value)]}"
     return None

@@ -53,12 +53,6 @@ def _refuse_attention(module: nn.Module) -> str | None:
     return f"its head dim is {module.head_dim}, the kernels take 1 to {MAX_HEAD_DIM}"
 
 
-def _note_attention(module: nn.Module) -> str | None:
-    if module.dropout == 0:
-        return None
-    return f"while training, torch computes the attention because of its dropout {module.dropout}"
-
-
 def _refuse_linear(module: nn.Linear) -> str | None:
     device = module.weight.device.type
     return None if device == "cpu" else f"it is on {device}, where torch's own matrix product is at the limit"
@@ -99,11 +93,11 @@ RULES = [
     ),
     Rule(
         "attention", nn.MultiheadAttention, kernel_nn.MultiheadAttention,
-        refuse=_refuse_attention, note=_note_attention,
+        refuse=_refuse_attention,
     ),
     Rule(
         "attention", plain.CausalSelfAttention, kernel_nn.CausalSelfAttention,
-        refuse=_refuse_attention, note=_note_attention,
+        refuse=_refuse_attention,
     ),
 ]  # fmt: skip
 if hasattr(nn, "LinearCrossEntropyLoss"):  # torch 2.13

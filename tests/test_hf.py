@@ -117,23 +117,47 @@ def test_a_sibling_is_left_alone():
     assert [type(m) for m in two.modules()] == classes and hf.implementation(two) == "sdpa"
 
 
-def test_attention_dropout_is_torchs_and_said():
+def test_attention_dropout():
     model = build("Llama")
-    model.config.attention_dropout = 0.3
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.3
+    ids = torch.randint(3, 101, (1, 50))
+    whole = model.eval()(ids)[0]
     llmkern.swap_(model)
-    with pytest.raises(llmkern.ops.FallbackError, match="attention dropout"):
-        model(torch.randint(3, 101, (1, 5)))
+    torch.manual_seed(0)
+    first, second = model.train()(ids)[0], model(ids)[0]
+    torch.manual_seed(0)
+    assert torch.equal(model(ids)[0], first) and not torch.equal(first, second)
+    torch.testing.assert_close(model.eval()(ids)[0], whole, rtol=1e-5, atol=1e-5)
 
 
-def test_what_the_kernel_cannot_do_goes_to_the_models_own():
-    options = {**GQA, "head_dim": 8, "attn_logit_softcapping": 20.0}
+def test_capped_scores():
+    options = {**GQA, "head_dim": 8, "attn_logit_softcapping": 2.0}
     model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**options)).eval()
     model.set_attn_implementation("eager")
     ids = torch.randint(3, 101, (1, 9))
     before = model(ids)[0]
-    llmkern.set_fallback("silent")
     llmkern.swap_(model)
     torch.testing.assert_close(model(ids)[0], before, rtol=1e-5, atol=1e-5)
+
+
+def test_sinks():
+    options = {**GQA, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4}
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**options)).eval()
+    model.set_attn_implementation("eager")
+    for module in model.modules():
+        if hasattr(module, "sinks"):
+            torch.nn.init.normal_(module.sinks)
+    ids = torch.randint(3, 101, (1, 9))
+    before = model(ids)[0]
+    llmkern.swap_(model)
+    torch.testing.assert_close(model(ids)[0], before, rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_kernel_cannot_do_goes_to_the_models_own():
+    attention = build("Llama").model.layers[0].self_attn
+    q = torch.randn(1, 4, 5, 8)
+    llmkern.set_fallback("error")
+    with pytest.raises(llmkern.ops.FallbackError, match="its option position_bias is Tensor, expected None"):
+        hf.attention(attention, q, q, q, None, position_bias=torch.zeros(1))

@@ -11,27 +11,20 @@ from .linear import Linear, linear
 
 
 class CausalSelfAttention(plain.CausalSelfAttention):
-    """Causal self-attention on llmkern's kernel; arguments and attributes as `llmkern.nn.plain`'s.
-
-    Dropping attention weights while training is left to torch.
-    """
+    """Causal self-attention on llmkern's kernel; arguments and attributes as `llmkern.nn.plain`'s."""
 
     linear = Linear
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention of q, (B, H, T, D), on k and v, (B, H_kv, T, D); returns (B, H, T, D)."""
-        if self.training and self.dropout > 0:
-            fall_back("CausalSelfAttention", f"attention dropout {self.dropout} while training")
-            return super().attend(q, k, v)
-        return ops.attention(q, k, v, is_causal=True)
+        return ops.attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
 
 
 class MultiheadAttention(nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` on llmkern's kernel: same arguments, parameters and state_dict keys.
 
-    The kernel never forms the attention weights, so pass `need_weights=False`; torch's default True,
-    attention dropout while training, and nested tensors are computed by torch.  A query that sees no
-    key gives 0 before the output projection.
+    The kernel never forms the attention weights, so pass `need_weights=False`; torch's default True and
+    nested tensors are computed by torch.  A query that sees no key gives 0 before the output projection.
     """
 
     def forward(
@@ -81,7 +74,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             v = torch.cat((v, self._heads(self.bias_v, True).expand(len(v), -1, -1, -1)), dim=2)
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-        out = ops.attention(q, k, v, mask, is_causal=is_causal)  # (B, H, L, D)
+        out = ops.attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal)  # (B, H, L, D)
         if batched and not self.batch_first:
             out = out.permute(2, 0, 1, 3).flatten(2)  # (L, B, E)
         else:
@@ -92,8 +85,6 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _why_torch(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool) -> str | None:
         if need_weights:
             return "need_weights=True, torch's default, asks for weights that the kernel never forms"
-        if self.training and self.dropout > 0:
-            return f"attention dropout {self.dropout} while training"
         if query.is_nested or key.is_nested or value.is_nested:
             return "the input is a nested tensor"
         return None

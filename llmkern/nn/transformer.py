@@ -34,8 +34,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     """`torch.nn.TransformerEncoderLayer` on llmkern's kernels: same arguments and state_dict keys.
 
     Attention, norms with the add before them, and the feed-forward layer run as three or four ops.
-    While training, torch drops attention weights.  With an activation that `ops.ffn` does not know the
-    linears run one by one.  Nested tensors are computed by torch.
+    With an activation that `ops.ffn` does not know the linears run one by one.  Nested tensors are
+    computed by torch.
     """
 
     def __init__(
