@@ -1,7 +1,7 @@
 """Flash attention, backward: one kernel for dk and dv, one for dq, so that nothing is added atomically.
 
 Dao 2023, FlashAttention-2, arXiv:2307.08691, algorithm 2: P = exp(S - lse), dS = P ∘ (dP - delta)
-with dP = dout vᵀ and delta = rowsum(dout ∘ out) - dlse.
+with dP = Z ∘ dout vᵀ, Z the factors of dropout, and delta = rowsum(dout ∘ out) - dlse.
 """
 
 import torch
@@ -10,29 +10,44 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .attention_scores import base, from_log, head_of, plan, scaled, scores, softmax_exp, tile_ptrs
+from .attention_scores import (
+    Rules,
+    base,
+    from_log,
+    head_of,
+    kept,
+    key_range,
+    place_of,
+    plan,
+    scores,
+    slope_of,
+    softmax_exp,
+    tile_ptrs,
+)  # fmt: skip
 from .launch import fit, launch
 
 
 def attention_bwd(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, alibi_slopes: Tensor | None,
-    sinks: Tensor | None, spans: Tensor | None, seed: Tensor | None, diagonal: int, left: int | None,
-    right: int | None, scale: float, softcap: float, dropout_p: float,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+    alibi_slopes: Tensor | None, sinks: Tensor | None, spans: Tensor | None, seed: Tensor | None,
+    diagonal: int, left: int | None, right: int | None, scale: float, softcap: float, dropout_p: float,
     out: Tensor, lse: Tensor, needs: list[bool], dq: Tensor, dk: Tensor, dv: Tensor, dmask: Tensor,
     dsinks: Tensor,
 ) -> None:  # fmt: skip
-    """Gradients of attention_fwd, shaped as q, k and v; dlse (B, H, S_q) may be None.
+    """Gradients of attention_fwd, shaped as q, k, v and sinks; dlse (B, H, S_q) may be None.
 
     dmask is not made: it would be as large as all the scores.
     """
-    causal_offset = None if right is None else diagonal
+    rules = Rules(mask, alibi_slopes, sinks, spans, seed, diagonal, left, right, scale, softcap, dropout_p)
     delta = torch.empty_like(lse)
     if lse.numel():
         _launch_delta(dout, out, dlse, delta)
     if dk.numel() or dv.numel():
-        _launch_dkv(dout, q, k, v, mask, lse, delta, causal_offset, scale, dk, dv)
+        _launch_dkv(dout, q, k, v, lse, delta, rules, dk, dv)
     if dq.numel():
-        _launch_dq(dout, q, k, v, mask, lse, delta, causal_offset, scale, dq)
+        _launch_dq(dout, q, k, v, lse, delta, rules, dq)
+    if dsinks.numel():
+        dsinks.copy_(-((sinks[:, None] - lse).exp() * delta).sum((0, 2)))
 
 
 def _launch_delta(dout, out, dlse, delta) -> None:
@@ -46,34 +61,46 @@ def _launch_delta(dout, out, dlse, delta) -> None:
     )  # fmt: skip
 
 
-def _launch_dkv(dout, q, k, v, mask, lse, delta, causal_offset, scale, dk, dv) -> None:
+def _launch_dkv(dout, q, k, v, lse, delta, rules, dk, dv) -> None:
     batch, heads, s_q, dim = q.shape
     heads_kv, s_k = k.shape[1:3]
-    block_d, block_m, block_n, kind, run = plan(config.ATTENTION_DKV, q, k, mask)
-    like = dk if dk.numel() else dv  # both are laid out alike
+    p = plan(config.ATTENTION_DKV, q, k, v, rules)
+    ranges = None if rules.spans is None else _query_ranges(rules, s_q, s_k, p.block_n)
     launch(
-        _dkv_kernel, q, (triton.cdiv(s_k, block_n) * batch * heads_kv,),
-        dout, q, k, v, mask, lse, delta, dk if dk.numel() else None, dv if dv.numel() else None,
+        _dkv_kernel, q, (triton.cdiv(s_k, p.block_n) * batch * heads_kv,),
+        dout, q, k, v, lse, delta, ranges, dk if dk.numel() else None, dv if dv.numel() else None,
         *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *(mask.stride() if kind else (0,) * 4), *like.stride()[:3],
-        heads_kv, heads // heads_kv, s_q, s_k, causal_offset or 0, scaled(scale, kind), scale,
-        dim, block_d, block_m, block_n, causal_offset is not None, kind,
-        **run,
+        *(dk.stride()[:3] if dk.numel() else (0,) * 3), *(dv.stride()[:3] if dv.numel() else (0,) * 3),
+        heads_kv, heads // heads_kv, s_q, s_k, *rules.arguments(), rules.scale,
+        dim, p.block_d, v.shape[3], p.block_v, p.block_m, p.block_n, rules.kind,
+        **p.run,
     )  # fmt: skip
 
 
-def _launch_dq(dout, q, k, v, mask, lse, delta, causal_offset, scale, dq) -> None:
+def _query_ranges(rules: Rules, s_q: int, s_k: int, block_n: int) -> Tensor:
+    """(2, B, blocks of keys): the first query that sees a key of the block, and the end of those."""
+    first, end, diagonal = rules.spans.unbind(1)
+    place = torch.arange(s_q, device=first.device) + diagonal
+    low = first if rules.left is None else torch.clamp(place - rules.left, first, end)
+    high = end if rules.right is None else torch.clamp(place + rules.right + 1, first, end)
+    keys = torch.arange(0, s_k, block_n, device=first.device).expand(len(first), -1).contiguous()
+    ranges = (
+        torch.searchsorted(high.contiguous(), keys, right=True),
+        torch.searchsorted(low.contiguous(), keys + block_n - 1, right=True),
+    )
+    return torch.stack(ranges)
+
+
+def _launch_dq(dout, q, k, v, lse, delta, rules, dq) -> None:
     batch, heads, s_q, dim = q.shape
-    s_k = k.shape[2]
-    block_d, block_m, block_n, kind, run = plan(config.ATTENTION_DQ, q, k, mask)
+    p = plan(config.ATTENTION_DQ, q, k, v, rules)
     launch(
-        _dq_kernel, q, (triton.cdiv(s_q, block_m) * batch * heads,),
-        dout, q, k, v, mask, lse, delta, dq,
-        *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *(mask.stride() if kind else (0,) * 4), *dq.stride()[:3],
-        heads, heads // k.shape[1], s_q, s_k, causal_offset or 0, scaled(scale, kind), scale,
-        dim, block_d, block_m, block_n, causal_offset is not None, kind,
-        **run,
+        _dq_kernel, q, (triton.cdiv(s_q, p.block_m) * batch * heads,),
+        dout, q, k, v, lse, delta, dq,
+        *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dq.stride()[:3],
+        heads, heads // k.shape[1], s_q, k.shape[2], *rules.arguments(), rules.scale,
+        dim, p.block_d, v.shape[3], p.block_v, p.block_m, p.block_n, rules.kind,
+        **p.run,
     )  # fmt: skip
 
 
@@ -96,43 +123,100 @@ def _delta_kernel(
 
 
 @triton.jit
+def _differentiate(
+    s, dp, lse, delta, bent, softcap, seed, first_row, rows, cols, threshold, factor, KIND: tl.constexpr
+):
+    """(Z ∘ P, dS) from finished scores and dout vᵀ; rows, and what belongs to them, and cols broadcast."""
+    p = softmax_exp(s - lse, KIND)
+    dropped = p
+    if seed is not None:
+        z = kept(tl.load(seed), first_row, rows, cols, threshold, factor)
+        dropped = p * z
+        dp = dp * z
+    ds = p * (dp - delta)
+    if softcap is not None:
+        ds *= 1.0 - bent * bent
+    return dropped, ds
+
+
+@triton.jit
 def _dkv_blocks(
-    dk, dv, k, v, dout, q, mask, lse, delta, stride_dout, stride_q, stride_mask_q, stride_mask_k,
-    cols, s_q, s_k, offset, scale, first, last,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    CAUSAL: tl.constexpr, KIND: tl.constexpr, EDGE: tl.constexpr,
+    dk, dv, k, v, dout, q, mask, lse, delta, spans, span_row, diagonal, slope, seed, dout_s, q_s,
+    mask_q, mask_k, cols, first_row, s_q, s_k, left, right, scale, softcap, unit, threshold, factor,
+    start, stop,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, DIM_V: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, KIND: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Add the queries in [first, last) of one head; EDGE: some of them do not see some of the keys."""
-    for start in range(first, last, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        ptrs, inside = tile_ptrs(q, rows, s_q, stride_q, DIM, BLOCK_D, True)
+    """Add the queries in [start, stop) of one head; EDGE: some of them do not see some of the keys."""
+    for at in range(start, stop, BLOCK_M):
+        rows = at + tl.arange(0, BLOCK_M)
+        ptrs, inside = tile_ptrs(q, rows, s_q, q_s, DIM, BLOCK_D, True)
         queries = tl.load(ptrs, mask=inside, other=0.0)  # (BLOCK_M, BLOCK_D)
-        ptrs, inside = tile_ptrs(dout, rows, s_q, stride_dout, DIM, BLOCK_D, True)
+        ptrs, inside = tile_ptrs(dout, rows, s_q, dout_s, DIM_V, BLOCK_V, True)
         d = tl.load(ptrs, mask=inside, other=0.0)
         row_lse = from_log(tl.load(lse + rows, mask=rows < s_q, other=0.0), KIND)
         row_delta = tl.load(delta + rows, mask=rows < s_q, other=0.0)
         s = tl.dot(k, tl.trans(queries), input_precision="ieee") * scale  # (BLOCK_N, BLOCK_M)
-        if EDGE:
-            at = mask
+        bent = s
+        if EDGE or (softcap is not None) or (slope is not None):
+            mask_rows = mask
             if KIND:
-                at = mask + rows.to(tl.int64)[None, :] * stride_mask_q
-            s = scores(s, at, rows[None, :], cols[:, None], stride_mask_k, s_q, s_k, offset, CAUSAL, KIND)
-        p = softmax_exp(s - row_lse[None, :], KIND)
-        dv = tl.dot(p.to(d.dtype), d, dv, input_precision="ieee")
+                mask_rows = mask + rows.to(tl.int64)[None, :] * mask_q
+            place, first, end = place_of(rows[None, :], s_q, spans, span_row, diagonal)
+            s, bent = scores(
+                s, mask_rows, rows[None, :], cols[:, None], place, first, end, slope, mask_k, s_q, s_k,
+                left, right, softcap, unit, spans is not None, KIND, EDGE,
+            )  # fmt: skip
         dp = tl.dot(v, tl.trans(d), input_precision="ieee")
-        ds = p * (dp - row_delta[None, :])
+        p, ds = _differentiate(
+            s, dp, row_lse[None, :], row_delta[None, :], bent, softcap, seed, first_row, rows[None, :],
+            cols[:, None], threshold, factor, KIND,
+        )  # fmt: skip
+        dv = tl.dot(p.to(d.dtype), d, dv, input_precision="ieee")
         dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision="ieee")
     return dk, dv
 
 
 @triton.jit
+def _query_range(
+    block, b, ranges, heads_kv, s_q, s_k, diagonal, left, right,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """Queries that see a block of keys: (first, start and end of those that see all of it, end)."""
+    first, last = 0, s_q
+    key, key_end = block * BLOCK_N - diagonal, tl.minimum((block + 1) * BLOCK_N, s_k) - diagonal
+    if ranges is not None:
+        blocks = tl.cdiv(s_k, BLOCK_N)
+        at = ranges + b * blocks + block
+        batch = tl.num_programs(0) // (blocks * heads_kv)
+        first = tl.load(at).to(tl.int32)
+        last = tl.load(at + batch * blocks).to(tl.int32)
+    else:
+        if right is not None:
+            first = tl.minimum(tl.maximum(0, key - right), s_q)
+        if left is not None:
+            last = tl.minimum(tl.maximum(0, key_end + left), s_q)
+    first = first // BLOCK_M * BLOCK_M
+    start, stop = first, first
+    if (KIND == 0) & (ranges is None):
+        if right is not None:
+            start = tl.cdiv(tl.maximum(0, (block + 1) * BLOCK_N - 1 - diagonal - right), BLOCK_M) * BLOCK_M
+        stop = last
+        if left is not None:
+            stop = tl.maximum(0, key + left + 1) // BLOCK_M * BLOCK_M
+            stop = tl.maximum(start, tl.minimum(stop, last))
+    return first, start, stop, last
+
+
+@triton.jit
 def _dkv_kernel(
-    dout, q, k, v, mask, lse, delta, dk_out, dv_out,
-    dout_b, dout_h, dout_s, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s,
-    mask_b, mask_h, mask_q, mask_k, dkv_b, dkv_h, dkv_s,
-    heads_kv, group, s_q, s_k, offset, scale, plain_scale,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, KIND: tl.constexpr,
+    dout, q, k, v, lse, delta, ranges, dk_out, dv_out,
+    dout_b, dout_h, dout_s, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, dk_b, dk_h, dk_s, dv_b, dv_h, dv_s,
+    heads_kv, group, s_q, s_k,
+    mask, mask_b, mask_h, mask_q, mask_k, alibi, alibi_b, alibi_h, spans, span_b, span_row,
+    seed, diagonal, left, right, scale, softcap, unit, threshold, factor, plain_scale,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, DIM_V: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(s_k, BLOCK_N)
     block = tl.program_id(0) % blocks
@@ -140,76 +224,91 @@ def _dkv_kernel(
     cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
     ptrs, inside = tile_ptrs(base(k, b, h_kv, k_b, k_h), cols, s_k, k_s, DIM, BLOCK_D, True)
     keys = tl.load(ptrs, mask=inside, other=0.0)  # (BLOCK_N, BLOCK_D)
-    ptrs, inside = tile_ptrs(base(v, b, h_kv, v_b, v_h), cols, s_k, v_s, DIM, BLOCK_D, True)
+    ptrs, inside = tile_ptrs(base(v, b, h_kv, v_b, v_h), cols, s_k, v_s, DIM_V, BLOCK_V, True)
     values = tl.load(ptrs, mask=inside, other=0.0)
-
-    first, whole = 0, 0  # queries that see some key of the block, and from where on all see all of it
-    if CAUSAL:
-        first = tl.maximum(0, block * BLOCK_N - offset) // BLOCK_M * BLOCK_M
-        whole = tl.cdiv(tl.maximum(0, (block + 1) * BLOCK_N - 1 - offset), BLOCK_M) * BLOCK_M
-    if KIND:
-        whole = s_q
+    if spans is not None:
+        spans += b * span_b
+    begin, start, stop, last = _query_range(
+        block, b, ranges, heads_kv, s_q, s_k, diagonal, left, right, BLOCK_M, BLOCK_N, KIND
+    )
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     for member in range(0, group):
         h = h_kv * group + member
         q_head, dout_head = base(q, b, h, q_b, q_h), base(dout, b, h, dout_b, dout_h)
-        at = (b * heads_kv * group + h) * s_q
+        first_row = (b * heads_kv * group + h) * s_q
+        slope = slope_of(alibi, b, h, alibi_b, alibi_h, unit)
         mask_head = mask
         if KIND:
             mask_head = base(mask, b, h, mask_b, mask_h)
-        if CAUSAL or KIND:
+        if (right is not None) & (KIND == 0) & (spans is None):
             dk, dv = _dkv_blocks(
-                dk, dv, keys, values, dout_head, q_head, mask_head, lse + at, delta + at, dout_s, q_s,
-                mask_q, mask_k, cols, s_q, s_k, offset, scale, first, tl.minimum(whole, s_q),
-                DIM, BLOCK_D, BLOCK_M, CAUSAL, KIND, True,
+                dk, dv, keys, values, dout_head, q_head, mask_head, lse + first_row, delta + first_row,
+                spans, span_row, diagonal, slope, seed, dout_s, q_s, mask_q, mask_k, cols, first_row,
+                s_q, s_k, left, right, scale, softcap, unit, threshold, factor,
+                begin, tl.minimum(start, last), DIM, BLOCK_D, DIM_V, BLOCK_V, BLOCK_M, KIND, True,
             )  # fmt: skip
-        if not KIND:
+        if (KIND == 0) & (spans is None):
             dk, dv = _dkv_blocks(
-                dk, dv, keys, values, dout_head, q_head, mask_head, lse + at, delta + at, dout_s, q_s,
-                mask_q, mask_k, cols, s_q, s_k, offset, scale, whole, s_q,
-                DIM, BLOCK_D, BLOCK_M, CAUSAL, KIND, False,
+                dk, dv, keys, values, dout_head, q_head, mask_head, lse + first_row, delta + first_row,
+                spans, span_row, diagonal, slope, seed, dout_s, q_s, mask_q, mask_k, cols, first_row,
+                s_q, s_k, left, right, scale, softcap, unit, threshold, factor,
+                start, stop, DIM, BLOCK_D, DIM_V, BLOCK_V, BLOCK_M, KIND, False,
+            )  # fmt: skip
+        if (left is not None) or (KIND > 0) or (spans is not None):
+            dk, dv = _dkv_blocks(
+                dk, dv, keys, values, dout_head, q_head, mask_head, lse + first_row, delta + first_row,
+                spans, span_row, diagonal, slope, seed, dout_s, q_s, mask_q, mask_k, cols, first_row,
+                s_q, s_k, left, right, scale, softcap, unit, threshold, factor,
+                stop, last, DIM, BLOCK_D, DIM_V, BLOCK_V, BLOCK_M, KIND, True,
             )  # fmt: skip
     if dk_out is not None:
-        ptrs, inside = tile_ptrs(base(dk_out, b, h_kv, dkv_b, dkv_h), cols, s_k, dkv_s, DIM, BLOCK_D, True)
+        ptrs, inside = tile_ptrs(base(dk_out, b, h_kv, dk_b, dk_h), cols, s_k, dk_s, DIM, BLOCK_D, True)
         tl.store(ptrs, (dk * plain_scale).to(dk_out.dtype.element_ty), mask=inside)
     if dv_out is not None:
-        ptrs, inside = tile_ptrs(base(dv_out, b, h_kv, dkv_b, dkv_h), cols, s_k, dkv_s, DIM, BLOCK_D, True)
+        ptrs, inside = tile_ptrs(base(dv_out, b, h_kv, dv_b, dv_h), cols, s_k, dv_s, DIM_V, BLOCK_V, True)
         tl.store(ptrs, dv.to(dv_out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _dq_blocks(
-    dq, q, d, k, v, mask, row_lse, row_delta, stride_k, stride_v, stride_mask,
-    rows, s_q, s_k, offset, scale, first, last,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, KIND: tl.constexpr, EDGE: tl.constexpr,
+    dq, q, d, k, v, mask, row_lse, row_delta, k_s, v_s, mask_k, rows, first_row, place, first, end, slope,
+    seed, s_q, s_k, left, right, scale, softcap, unit, threshold, factor, start, stop,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, DIM_V: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr, DOCUMENTS: tl.constexpr, KIND: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys in [first, last); EDGE: some of them are out of sight."""
-    for start in range(first, last, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        ptrs, inside = tile_ptrs(k, cols, s_k, stride_k, DIM, BLOCK_D, EDGE)
+    """Add the keys in [start, stop); EDGE: some of them are out of sight."""
+    for at in range(start, stop, BLOCK_N):
+        cols = at + tl.arange(0, BLOCK_N)
+        ptrs, inside = tile_ptrs(k, cols, s_k, k_s, DIM, BLOCK_D, EDGE)
         keys = tl.load(ptrs, mask=inside, other=0.0)  # (BLOCK_N, BLOCK_D)
-        ptrs, inside = tile_ptrs(v, cols, s_k, stride_v, DIM, BLOCK_D, EDGE)
+        ptrs, inside = tile_ptrs(v, cols, s_k, v_s, DIM_V, BLOCK_V, EDGE)
         values = tl.load(ptrs, mask=inside, other=0.0)
         s = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale  # (BLOCK_M, BLOCK_N)
-        if EDGE:
-            s = scores(s, mask, rows[:, None], cols[None, :], stride_mask, s_q, s_k, offset, CAUSAL, KIND)
-        p = softmax_exp(s - row_lse[:, None], KIND)
+        bent = s
+        if EDGE or (softcap is not None) or (slope is not None):
+            s, bent = scores(
+                s, mask, rows[:, None], cols[None, :], place, first, end, slope, mask_k, s_q, s_k,
+                left, right, softcap, unit, DOCUMENTS, KIND, EDGE,
+            )  # fmt: skip
         dp = tl.dot(d, tl.trans(values), input_precision="ieee")
-        ds = p * (dp - row_delta[:, None])
+        _, ds = _differentiate(
+            s, dp, row_lse[:, None], row_delta[:, None], bent, softcap, seed, first_row, rows[:, None],
+            cols[None, :], threshold, factor, KIND,
+        )  # fmt: skip
         dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision="ieee")
     return dq
 
 
 @triton.jit
 def _dq_kernel(
-    dout, q, k, v, mask, lse, delta, dq_out,
-    dout_b, dout_h, dout_s, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s,
-    mask_b, mask_h, mask_q, mask_k, dq_b, dq_h, dq_s,
-    heads, group, s_q, s_k, offset, scale, plain_scale,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, KIND: tl.constexpr,
+    dout, q, k, v, lse, delta, dq_out,
+    dout_b, dout_h, dout_s, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, dq_b, dq_h, dq_s,
+    heads, group, s_q, s_k,
+    mask, mask_b, mask_h, mask_q, mask_k, alibi, alibi_b, alibi_h, spans, span_b, span_row,
+    seed, diagonal, left, right, scale, softcap, unit, threshold, factor, plain_scale,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, DIM_V: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(s_q, BLOCK_M)
     block = blocks - 1 - tl.program_id(0) % blocks  # causal: the longest rows start first
@@ -218,27 +317,38 @@ def _dq_kernel(
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     if KIND:
         mask = base(mask, b, h, mask_b, mask_h) + rows.to(tl.int64)[:, None] * mask_q
+    if spans is not None:
+        spans += b * span_b
+    slope = slope_of(alibi, b, h, alibi_b, alibi_h, unit)
+    place, first, end = place_of(rows[:, None], s_q, spans, span_row, diagonal)
     ptrs, inside = tile_ptrs(base(q, b, h, q_b, q_h), rows, s_q, q_s, DIM, BLOCK_D, True)
     queries = tl.load(ptrs, mask=inside, other=0.0)
-    ptrs, inside = tile_ptrs(base(dout, b, h, dout_b, dout_h), rows, s_q, dout_s, DIM, BLOCK_D, True)
+    ptrs, inside = tile_ptrs(base(dout, b, h, dout_b, dout_h), rows, s_q, dout_s, DIM_V, BLOCK_V, True)
     d = tl.load(ptrs, mask=inside, other=0.0)
     row_lse = from_log(tl.load(lse + head * s_q + rows, mask=rows < s_q, other=0.0), KIND)
     row_delta = tl.load(delta + head * s_q + rows, mask=rows < s_q, other=0.0)
 
-    last, whole = s_k, s_k  # keys in sight of some row, and of every row
-    if CAUSAL:
-        last = tl.maximum(0, tl.minimum(s_k, (block + 1) * BLOCK_M + offset))
-        whole = tl.maximum(0, tl.minimum(s_k, block * BLOCK_M + offset + 1))
-    whole = 0 if KIND else whole // BLOCK_N * BLOCK_N
+    begin, start, stop, last = key_range(
+        block, s_q, s_k, spans, span_row, diagonal, left, right, BLOCK_M, BLOCK_N, KIND
+    )
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if not KIND:
+    if left is not None:
         dq = _dq_blocks(
-            dq, queries, d, k, v, mask, row_lse, row_delta, k_s, v_s, mask_k,
-            rows, s_q, s_k, offset, scale, 0, whole, DIM, BLOCK_D, BLOCK_N, CAUSAL, KIND, False,
+            dq, queries, d, k, v, mask, row_lse, row_delta, k_s, v_s, mask_k, rows, head * s_q, place, first,
+            end, slope, seed, s_q, s_k, left, right, scale, softcap, unit, threshold, factor,
+            begin, tl.minimum(start, last), DIM, BLOCK_D, DIM_V, BLOCK_V, BLOCK_N, spans is not None, KIND,
+            True,
+        )  # fmt: skip
+    if (KIND == 0) & (spans is None):
+        dq = _dq_blocks(
+            dq, queries, d, k, v, mask, row_lse, row_delta, k_s, v_s, mask_k, rows, head * s_q, place, first,
+            end, slope, seed, s_q, s_k, left, right, scale, softcap, unit, threshold, factor,
+            start, stop, DIM, BLOCK_D, DIM_V, BLOCK_V, BLOCK_N, False, KIND, False,
         )  # fmt: skip
     dq = _dq_blocks(
-        dq, queries, d, k, v, mask, row_lse, row_delta, k_s, v_s, mask_k,
-        rows, s_q, s_k, offset, scale, whole, last, DIM, BLOCK_D, BLOCK_N, CAUSAL, KIND, True,
+        dq, queries, d, k, v, mask, row_lse, row_delta, k_s, v_s, mask_k, rows, head * s_q, place, first,
+        end, slope, seed, s_q, s_k, left, right, scale, softcap, unit, threshold, factor,
+        stop, last, DIM, BLOCK_D, DIM_V, BLOCK_V, BLOCK_N, spans is not None, KIND, True,
     )  # fmt: skip
     ptrs, inside = tile_ptrs(base(dq_out, b, h, dq_b, dq_h), rows, s_q, dq_s, DIM, BLOCK_D, True)
     tl.store(ptrs, (dq * plain_scale).to(dq_out.dtype.element_ty), mask=inside)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
+from .activation import tanh
 from .launch import fit, launch
 
 __all__ = ["decode_attention_fwd"]
@@ -176,16 +177,6 @@ def _parts(length, s_q, left, splits, WINDOW: tl.constexpr, BLOCK_N: tl.constexp
 
 
 @triton.jit
-def _tanh(x):
-    """tanh; near 0, where 1 - 2 / (e^2x + 1) loses digits, an odd polynomial (Moshier 1992, Cephes)."""
-    z = x * x
-    p = ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1
-    near = x + x * z * (p * z - 3.33332819422e-1)
-    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
-    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0.0, -far, far))
-
-
-@triton.jit
 def _split_kernel(
     q, k_cache, v_cache, k_scale, v_scale, alibi, seqlens, partial, stats,
     pages, PAGE: tl.constexpr, table, table_b, cos, sin, cos_s, sin_s,
@@ -233,7 +224,7 @@ def _split_kernel(
             at = page * k_scale_p + h * k_scale_h + row * k_scale_s
             s *= tl.load(k_scale + at, mask=inside, other=0.0)[None, :]
         if SOFTCAP:
-            s = softcap * _tanh(s / softcap)
+            s = softcap * tanh(s / softcap)
         s *= _LOG2E
         distance = cols[None, :] - positions[:, None]
         if alibi is not None:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
+from .activation import tanh
 from .gemm import add_bias, blocks, gemm, product, tile_at, tile_position
 from .launch import fit, launch
 from .loss import target_weight
@@ -104,16 +105,6 @@ def _gradient(
 
 
 @triton.jit
-def _tanh(x):
-    """Lambert's continued fraction to x⁷ near 0, where 1 - 2 / (e^2x + 1) would cancel."""
-    s = x * x
-    above = ((s + 378.0) * s + 17325.0) * s + 135135.0
-    below = ((s * 28.0 + 3150.0) * s + 62370.0) * s + 135135.0
-    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
-    return tl.where(tl.abs(x) < 0.6, x * (above / below), tl.where(x < 0.0, -far, far))
-
-
-@triton.jit
 def _logits(
     x, head, bias, rows, cols, N, C, D, head_c, head_d, softcap, CAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
@@ -123,7 +114,7 @@ def _logits(
     z = product(z, x, head, rows, cols, N, C, D, D, 1, head_d, head_c, BLOCK_K, EVEN_K)
     z = add_bias(z, bias, 1, cols, C)
     if CAPPED:
-        z = softcap * _tanh(z / softcap)
+        z = softcap * tanh(z / softcap)
     return z
 
 

@@ -277,13 +277,13 @@ class ATTENTION(Op):
         if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
             dim = max(q.shape[-1], v.shape[-1])
             return f"the head dim is {dim}, the fast kernels take 1 to {MAX_HEAD_DIM}"
-        return _why_not_triton(q, v, Rules(*rules)) if backend == "triton" and rules else None
+        return None
 
     @staticmethod
     def refuse_bwd(backend, dout, dlse, q, k, v, *others):
         if others[-1][3]:
             return "attn_mask needs a gradient, which is as large as the whole score matrix"
-        return ATTENTION.refuse(backend, q, k, v, *others[:-3])
+        return ATTENTION.refuse(backend, q, k, v)
 
     @staticmethod
     def flops(q, k, v, *rules):
@@ -304,14 +304,6 @@ class ATTENTION(Op):
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else abs(scale)
         norms = (t.detach().norm(dim=-1).max() for t in (query, key))
         return float(math.prod(norms) * scale)
-
-
-def _why_not_triton(q: Tensor, v: Tensor, rules: Rules) -> str | None:
-    if any(t is not None for t in (rules.alibi_slopes, rules.sinks, rules.spans, rules.seed)):
-        return "ALiBi, sinks, documents or dropout"
-    if rules.left is not None or rules.right not in (None, 0) or rules.softcap:
-        return "a window or softcap"
-    return "values as wide as keys" if q.shape[-1] != v.shape[-1] else None
 
 
 def _token_major(x: Tensor, copy: bool = True) -> Tensor:
