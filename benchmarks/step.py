@@ -53,9 +53,11 @@ def calls(step: Step, names: list[str]) -> dict[str, Call]:
 def _call(step: Step, name: str, tokens: torch.Tensor) -> Call:
     torch.manual_seed(0)
     model: nn.Module = GPT(step.config, kernels=False)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
     if name == "llmkern":
         llmkern.swap_(model)
+        optimizer = llmkern.optim.AdamW(model.parameters(), 1e-4)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
     forward = torch.compile(model, fullgraph=True, dynamic=False) if name == "compile" else model
 
     def call() -> None:

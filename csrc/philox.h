@@ -17,43 +17,25 @@
 
 namespace llmkern {
 
-class Dropout {
+class Random {
  public:
   static constexpr int kGroup = 64;  // numbers that are made together
 
-  Dropout(const Tensor& seed, double p)
-      : on_(p > 0 && seed), seed_(on_ ? static_cast<uint64_t>(*seed.as<int64_t>()) : 0),
-        threshold_(static_cast<uint32_t>(std::min(p * 4294967296.0, 4294967295.0))),
-        scale_(p < 1 ? static_cast<float>(1 / (1 - p)) : 0.0f) {}
+  explicit Random(const Tensor& seed) : on_(seed), seed_(seed ? static_cast<uint64_t>(*seed.as<int64_t>()) : 0) {}
 
   explicit operator bool() const { return on_; }
 
-  float scale() const { return scale_; }
-
-  // Bit j: whether the place (row, col + j) is kept, j < 64; col is a multiple of 64.
-  uint64_t keeps(int64_t row, int64_t col) const {
-    uint32_t words[4][kLanes];
-    philox(static_cast<uint32_t>(col / kGroup * kLanes), static_cast<uint64_t>(row), words);
-    uint64_t bits = 0;
-    for (int j = 0; j < kGroup; ++j) bits |= uint64_t{words[j / kLanes][j % kLanes] >= threshold_} << j;
-    return bits;
-  }
-
-  // factors[j] for the places (row, col + j), j < 64: 1 / (1 - p) where the number keeps it, else 0;
-  // col is a multiple of 64.
-  void factors(int64_t row, int64_t col, float* factors) const {
-    uint32_t words[4][kLanes];
-    philox(static_cast<uint32_t>(col / kGroup * kLanes), static_cast<uint64_t>(row), words);
-    for (int w = 0; w < 4; ++w)
-      for (int i = 0; i < kLanes; ++i) factors[w * kLanes + i] = words[w][i] >= threshold_ ? scale_ : 0.0f;
+  // The numbers of the places (row, col + j), j < 64; col is a multiple of 64.
+  void numbers(int64_t row, int64_t col, uint32_t* to) const {
+    philox(static_cast<uint32_t>(col / kGroup * kLanes), static_cast<uint64_t>(row), to);
   }
 
  private:
-  static constexpr int kLanes = 16;
+  static constexpr int kLanes = 16;  // numbers of one word
 
   // Counters and words lie in the low halves of 64-bit lanes, as the multiplication wants them; what is
   // in the high halves is never looked at.
-  void philox(uint32_t first, uint64_t row, uint32_t (*words)[kLanes]) const {
+  void philox(uint32_t first, uint64_t row, uint32_t* words) const {
     constexpr int lanes = W / 2;
     for (int i = 0; i < kLanes; i += lanes) {
       LongVec c0 = LongVec{} + (first + i), c1 = LongVec{} + row, c2 = c1 >> 32, c3{};
@@ -66,8 +48,8 @@ class Dropout {
         c1 = b;
         c3 = a;
       }
-      keep_low(c0, words[0] + i), keep_low(c1, words[1] + i);
-      keep_low(c2, words[2] + i), keep_low(c3, words[3] + i);
+      keep_low(c0, words + i), keep_low(c1, words + kLanes + i);
+      keep_low(c2, words + 2 * kLanes + i), keep_low(c3, words + 3 * kLanes + i);
     }
   }
   static void keep_low(LongVec c, uint32_t* words) {
@@ -78,6 +60,40 @@ class Dropout {
 
   bool on_;
   uint64_t seed_;
+};
+
+class Dropout {
+ public:
+  static constexpr int kGroup = Random::kGroup;
+
+  Dropout(const Tensor& seed, double p)
+      : random_(p > 0 ? seed : Tensor{}),
+        threshold_(static_cast<uint32_t>(std::min(p * 4294967296.0, 4294967295.0))),
+        scale_(p < 1 ? static_cast<float>(1 / (1 - p)) : 0.0f) {}
+
+  explicit operator bool() const { return static_cast<bool>(random_); }
+
+  float scale() const { return scale_; }
+
+  // Bit j: whether the place (row, col + j) is kept, j < 64; col is a multiple of 64.
+  uint64_t keeps(int64_t row, int64_t col) const {
+    uint32_t numbers[kGroup];
+    random_.numbers(row, col, numbers);
+    uint64_t bits = 0;
+    for (int j = 0; j < kGroup; ++j) bits |= uint64_t{numbers[j] >= threshold_} << j;
+    return bits;
+  }
+
+  // factors[j] for the places (row, col + j), j < 64: 1 / (1 - p) where the number keeps it, else 0;
+  // col is a multiple of 64.
+  void factors(int64_t row, int64_t col, float* factors) const {
+    uint32_t numbers[kGroup];
+    random_.numbers(row, col, numbers);
+    for (int j = 0; j < kGroup; ++j) factors[j] = numbers[j] >= threshold_ ? scale_ : 0.0f;
+  }
+
+ private:
+  Random random_;
   uint32_t threshold_;
   float scale_;
 };

@@ -1,7 +1,7 @@
 """What the attention kernels share: addresses, which keys a query sees, and the scores.
 
 Query i is at position p = i + diagonal of the keys and sees the keys p - left .. p + right, of its own
-document alone where there are documents; llmkern/ops/attention_rules.py says it all.
+document alone where there are documents.
 
 Scores are kept in base 2, times log2(e), because exp2 is one instruction.  With an additive mask they
 stay natural: masks of -3.4e38 must not become -inf.

@@ -78,8 +78,8 @@ GEMM = {
     (2, 0): Tile(128, 128, 8, 3),
     (2, 1): Tile(128, 64, 8, 3),
     (2, 2): Tile(64, 64, 8, 3),
-    (4, 0): Tile(64, 64, 4, 2),
-    (4, 1): Tile(64, 32, 4, 2),
+    (4, 0): Tile(64, 64, 8, 2),
+    (4, 1): Tile(64, 32, 8, 2),
     (4, 2): Tile(32, 32, 4, 2),
 }
 GEMM_DEPTH = {2: 64, 4: 16}  # of the inner dimension in one step, by bytes of an element
@@ -96,6 +96,7 @@ LOSS_BLOCK = 4096
 LINEAR_LOSS_PART = 2048  # classes that one program of linear_cross_entropy reduces
 LINEAR_LOSS_ROWS, LINEAR_LOSS_COLS = 8192, 4096  # most of dz in memory at once: 64 MiB in 16 bits
 SOFTMAX_BLOCK = 8192  # the longest row that stays in registers
+OPTIM_BLOCK = 2048  # elements of one program
 DROPOUT_BLOCK, DROPOUT_ELEMENTS = 1024, 1024  # columns at most, and elements of one program
 EMBEDDING_BLOCK = 2048  # of a row of the output
 EMBEDDING_COLUMNS, EMBEDDING_ELEMENTS = 128, 1024  # of a row's gradient; and tokens times columns at once

@@ -1,40 +1,156 @@
-"""AdamW: every parameter, gradient and moment is read once; one launch for each parameter."""
+"""AdamW and the gradients' norm: one launch for many tensors, each element read once.
 
+A table holds the address of every tensor and where its blocks begin; a program finds its tensor by
+halving.  The table is small and goes to the device without waiting for it.
+"""
+
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import config
 from .launch import launch
+from .philox import words
 
-BLOCK = 1024
+_POINTERS = {
+    torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
+}  # fmt: skip
 
 
 def adamw_fwd(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
-    step: int, lr: float, beta1: float, beta2: float, weight_decay: float, eps: float,
+    max_exp_avg_sqs: list[Tensor], masters: list[Tensor], grad_scale: Tensor | None, seed: Tensor | None,
+    step: int, lr: float, beta1: float, beta2: float, weight_decay: float, eps: float, maximize: bool,
 ) -> None:  # fmt: skip
-    """Update params, exp_avgs and exp_avg_sqs in place."""
-    rate, root = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
-    for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs):
-        if p.numel():
-            launch(
-                _kernel, p, (triton.cdiv(p.numel(), BLOCK),),
-                p, g, m, v, p.numel(), 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2,
-                rate, root, eps, BLOCK, warps=4,
-            )  # fmt: skip
+    """Update all but the gradients in place; max_exp_avg_sqs and masters may be empty."""
+    lists = [params, grads, exp_avgs, exp_avg_sqs]
+    lists += [many or params for many in (max_exp_avg_sqs, masters)]
+    for dtype in dict.fromkeys(p.dtype for p in params):
+        rows = [i for i, p in enumerate(params) if p.dtype == dtype and p.numel()]
+        if not rows:
+            continue
+        table, blocks, aligned = _table([[many[i] for i in rows] for many in lists], rows)
+        launch(
+            _adamw_kernel, params[0], (blocks,),
+            table, len(rows), grad_scale, seed, -1.0 if maximize else 1.0, 1 - lr * weight_decay,
+            beta1, 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, eps,
+            _POINTERS[dtype], _POINTERS[exp_avgs[rows[0]].dtype], bool(max_exp_avg_sqs), bool(masters),
+            aligned, config.OPTIM_BLOCK, warps=config.warps(config.OPTIM_BLOCK),
+        )  # fmt: skip
+
+
+def grad_norm_fwd(grads: list[Tensor], norm: Tensor) -> None:
+    """norm = sqrt of the sum of all squares; blocks are summed apart, then in order."""
+    sums = []
+    for dtype in dict.fromkeys(g.dtype for g in grads):
+        many = [g for g in grads if g.dtype == dtype and g.numel()]
+        if not many:
+            continue
+        table, blocks, aligned = _table([many], range(len(many)))
+        partial = norm.new_empty(blocks)
+        launch(
+            _squares_kernel, norm, (blocks,), table, len(many), partial, _POINTERS[dtype], aligned,
+            config.OPTIM_BLOCK, warps=config.warps(config.OPTIM_BLOCK),
+        )  # fmt: skip
+        sums.append(partial)
+    norm.copy_(torch.cat(sums).sum().sqrt() if sums else norm.new_zeros(()))
+
+
+def _table(lists: list[list[Tensor]], rows: Sequence[int]) -> tuple[Tensor, int, bool]:
+    """(int64 table, blocks in all, whether every address is a multiple of 16).
+
+    The table's rows, as long as there are tensors: the first block, the number of elements, the row of
+    random numbers, then the addresses of each list.
+    """
+    first, firsts = 0, []
+    for t in lists[0]:
+        firsts.append(first)
+        first += triton.cdiv(t.numel(), config.OPTIM_BLOCK)
+    addresses = [[t.data_ptr() for t in many] for many in lists]
+    numbers = torch.tensor([firsts, [t.numel() for t in lists[0]], list(rows), *addresses])
+    aligned = all(a % 16 == 0 for many in addresses for a in many)
+    device = lists[0][0].device
+    if device.type == "cuda":
+        numbers = numbers.pin_memory()
+    return numbers.to(device, non_blocking=True), first, aligned
 
 
 @triton.jit
-def _kernel(
-    p, g, m, v, N, keep, beta1, grad1, beta2, grad2, rate, root, eps, BLOCK: tl.constexpr
+def _tensor_of(table, count, BLOCK: tl.constexpr):
+    """(tensor of this program, its elements, those that exist)."""
+    block = tl.program_id(0)
+    low, high = 0, count
+    while high - low > 1:  # the last tensor whose first block is not behind this one
+        middle = (low + high) // 2
+        if tl.load(table + middle) <= block:
+            low = middle
+        else:
+            high = middle
+    at = (block - tl.load(table + low)) * BLOCK + tl.arange(0, BLOCK)
+    return low, at, at < tl.load(table + count + low)
+
+
+@triton.jit
+def _address(table, count, which, tensor, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(table + (3 + which) * count + tensor).to(tl.pointer_type(dtype))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _round_at_random(x, seed, row, at):
+    """float32 to a bfloat16, up with the probability of the fraction; infinities and NaN stay."""
+    noise = words(seed, row + tl.zeros_like(at), at) >> 16
+    bits = x.to(tl.uint32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    bits = (bits + tl.where(finite, noise.to(tl.uint32), 0).to(tl.uint32)) & 0xFFFF0000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _adamw_kernel(
+    table, count, grad_scale, seed, sign, keep, beta1, grad1, beta2, grad2, rate, root, eps,
+    P: tl.constexpr, S: tl.constexpr, AMSGRAD: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < N
-    grad = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
-    first = tl.load(m + at, mask=inside, other=0.0).to(tl.float32) * beta1 + grad * grad1
-    second = tl.load(v + at, mask=inside, other=0.0).to(tl.float32) * beta2 + grad * grad * grad2
+    tensor, at, inside = _tensor_of(table, count, BLOCK)
+    p = _address(table, count, 0, tensor, P, ALIGNED) + at
+    g = _address(table, count, 1, tensor, P, ALIGNED) + at
+    m = _address(table, count, 2, tensor, S, ALIGNED) + at
+    v = _address(table, count, 3, tensor, S, ALIGNED) + at
+    factor = sign
+    if grad_scale is not None:
+        factor *= tl.load(grad_scale)
+    grad = tl.load(g, mask=inside, other=0.0).to(tl.float32) * factor
+    first = tl.load(m, mask=inside, other=0.0).to(tl.float32) * beta1 + grad * grad1
+    second = tl.load(v, mask=inside, other=0.0).to(tl.float32) * beta2 + grad * grad * grad2
+    tl.store(m, first.to(S), mask=inside)
+    tl.store(v, second.to(S), mask=inside)
+    if AMSGRAD:
+        largest = _address(table, count, 4, tensor, S, ALIGNED) + at
+        before = tl.load(largest, mask=inside, other=0.0).to(tl.float32)
+        second = tl.where(before > second, before, second)  # NaN stays
+        tl.store(largest, second.to(S), mask=inside)
     step = first * rate / (tl.sqrt_rn(second) * root + eps)
-    param = tl.load(p + at, mask=inside, other=0.0).to(tl.float32) * keep - step
-    tl.store(p + at, param.to(p.dtype.element_ty), mask=inside)
-    tl.store(m + at, first.to(m.dtype.element_ty), mask=inside)
-    tl.store(v + at, second.to(v.dtype.element_ty), mask=inside)
+    if MASTERS:
+        master = _address(table, count, 5, tensor, tl.float32, ALIGNED) + at
+        value = tl.load(master, mask=inside, other=0.0) * keep - step
+        tl.store(master, value, mask=inside)
+    else:
+        value = tl.load(p, mask=inside, other=0.0).to(tl.float32) * keep - step
+    if seed is not None:
+        value = _round_at_random(value, tl.load(seed), tl.load(table + 2 * count + tensor), at)
+    tl.store(p, value.to(P), mask=inside)
+
+
+@triton.jit
+def _squares_kernel(
+    table, count, partial, P: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    tensor, at, inside = _tensor_of(table, count, BLOCK)
+    x = tl.load(_address(table, count, 0, tensor, P, ALIGNED) + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(partial + tl.program_id(0), tl.sum(x * x, 0))

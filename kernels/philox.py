@@ -31,16 +31,21 @@ def drop(seed: Tensor | None, p: float, first_row: int = 0) -> Drop:
 
 
 @triton.jit
-def keeps(seed, rows, cols, threshold):
-    """Whether dropout keeps the places (rows, cols), which broadcast; seed: a loaded int64."""
+def words(seed, rows, cols):
+    """The 32-bit numbers of the places (rows, cols), which broadcast; seed: a loaded int64."""
     c0 = (cols // 64 * 16 + cols % 16).to(tl.uint32) + tl.zeros_like(rows).to(tl.uint32)
     row = rows.to(tl.int64) + tl.zeros_like(cols).to(tl.int64)
     c1 = (row & 0xFFFFFFFF).to(tl.uint32)
     c2 = (row >> 32).to(tl.uint32)
     a, b, c, d = tl.philox(seed, c0, c1, c2, tl.zeros_like(c0), 7)
     word = cols // 16 % 4
-    number = tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d))
-    return number.to(tl.int64) >= threshold
+    return tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d))
+
+
+@triton.jit
+def keeps(seed, rows, cols, threshold):
+    """Whether dropout keeps the places (rows, cols)."""
+    return words(seed, rows, cols).to(tl.int64) >= threshold
 
 
 @triton.jit

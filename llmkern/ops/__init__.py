@@ -12,7 +12,7 @@ from .loss import cross_entropy
 from .memory import cached_bytes, empty_cache
 from .norm import layer_norm, rms_norm
 from .op import OPS
-from .optim import adamw
+from .optim import adamw, grad_norm
 from .rope import rope, rope_
 from .rope_table import rope_frequencies, rope_table
 from .softmax import log_softmax, softmax
@@ -31,6 +31,7 @@ __all__ = [
     "embedding",
     "empty_cache",
     "ffn",
+    "grad_norm",
     "implementations",
     "layer_norm",
     "linear",

@@ -1,43 +1,98 @@
-"""AdamW: one step of all parameters in one pass."""
+"""AdamW: one step of all parameters in one pass, and the norm of all gradients."""
 
 import torch
 from torch import Tensor
 
+from . import philox
 from .op import Op, Sample, opmath, register
 
 
 def adamw(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     step: int, lr: float = 1e-3, beta1: float = 0.9, beta2: float = 0.999,
-    weight_decay: float = 1e-2, eps: float = 1e-8,
+    weight_decay: float = 1e-2, eps: float = 1e-8, *,
+    max_exp_avg_sqs: list[Tensor] | None = None, masters: list[Tensor] | None = None,
+    grad_scale: Tensor | None = None, seed: Tensor | None = None, maximize: bool = False,
 ) -> None:  # fmt: skip
     """One AdamW step, in place; weight decay comes before the update, as in `torch.optim.AdamW`.
 
     Args:
         params: any shapes; float32, bfloat16, float16 or float64; written to.
-        grads, exp_avgs, exp_avg_sqs: for each parameter one of its shape and dtype; all but the
-            gradients are written to.
+        grads: for each parameter one of its shape and dtype.
+        exp_avgs, exp_avg_sqs: for each parameter one of its shape, all of the parameters' dtype or all
+            float32; written to.
         step: number of this step, from 1.
+        max_exp_avg_sqs: like exp_avg_sqs, written to: AMSGrad.
+        masters: for each parameter its value in float32; written to, and the parameter is it rounded.
+        grad_scale: float32, one element: a factor of all gradients, such as that of clipping.
+        seed: int64, one element: bfloat16 parameters are rounded up or down at random, with the
+            probabilities that make the mean right (stochastic rounding); else to nearest.
+        maximize: climb instead of descend.
 
     Raises:
         ValueError: lists that do not match, or a tensor that is written to and not contiguous.
     """
-    for name, many in (("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+    max_exp_avg_sqs, masters = max_exp_avg_sqs or [], masters or []
+    _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters)
+    if step < 1:
+        raise ValueError(f"adamw: step is {step}, expected at least 1")
+    if seed is not None and any(p.dtype != torch.bfloat16 for p in params):
+        raise ValueError("adamw: seed is given and a parameter is not bfloat16, expected bfloat16 parameters")
+    if params:
+        ADAMW.apply(
+            params, [g.contiguous() for g in grads], exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters,
+            grad_scale, seed, step, lr, beta1, beta2, weight_decay, eps, maximize,
+        )  # fmt: skip
+
+
+def grad_norm(grads: list[Tensor]) -> Tensor:
+    """The Euclidean norm of all gradients together, as `torch.nn.utils.get_total_norm`.
+
+    Args:
+        grads: any shapes and floating-point dtypes, on one device.
+
+    Returns:
+        A scalar in float32 (float64 for float64); the sum runs in a fixed order, for any number of threads.
+
+    Raises:
+        ValueError: no tensor, or tensors on several devices.
+    """
+    if not grads:
+        raise ValueError("grad_norm: grads is empty, expected at least one tensor")
+    _one_device("grad_norm", grads)
+    return GRAD_NORM.apply([g.contiguous() for g in grads])
+
+
+def _one_device(op: str, tensors: list[Tensor]) -> None:
+    devices = {t.device for t in tensors}
+    if len(devices) > 1:
+        raise ValueError(f"{op}: tensors are on {', '.join(sorted(map(str, devices)))}, expected one device")
+
+
+def _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters) -> None:
+    lists = {
+        "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": max_exp_avg_sqs,
+        "masters": masters,
+    }  # fmt: skip
+    states = exp_avgs[0].dtype if exp_avgs else None
+    for name, many in lists.items():
+        if name in ("max_exp_avg_sqs", "masters") and not many:
+            continue
         if len(many) != len(params):
             raise ValueError(f"adamw: {name} has {len(many)} tensors, expected {len(params)} as params")
         for p, t in zip(params, many):
-            if t.shape != p.shape or t.dtype != p.dtype:
+            expected = {"grads": p.dtype, "masters": opmath(p.dtype)}.get(name, states)
+            if t.shape != p.shape or t.dtype != expected:
                 raise ValueError(
                     f"adamw: {name} has {t.dtype} of shape {tuple(t.shape)}, "
-                    f"expected {p.dtype} of shape {tuple(p.shape)}"
+                    f"expected {expected} of shape {tuple(p.shape)}"
                 )
-    if step < 1:
-        raise ValueError(f"adamw: step is {step}, expected at least 1")
-    if not all(t.is_contiguous() for many in (params, exp_avgs, exp_avg_sqs) for t in many):
+    if any(states not in (p.dtype, torch.float32) for p in params):
+        raise ValueError(f"adamw: exp_avgs has {states}, expected the parameters' dtype or torch.float32")
+    written = (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters)
+    if not all(t.is_contiguous() for many in written for t in many):
         raise ValueError("adamw: params, exp_avgs or exp_avg_sqs has strides, expected contiguous tensors")
-    if params:
-        grads = [g.contiguous() for g in grads]
-        ADAMW.apply(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, weight_decay, eps)
+    _one_device("adamw", [*params, *grads, *exp_avgs])
 
 
 @register
@@ -49,27 +104,43 @@ class ADAMW(Op):
 
     name = "adamw"
     family = "optim"
-    source = "Loshchilov, Hutter 2019, Decoupled Weight Decay Regularization, arXiv:1711.05101, alg. 2"
-    constant = ("params", "grads", "exp_avgs", "exp_avg_sqs")
-    mutates = ("params", "exp_avgs", "exp_avg_sqs")
+    source = (
+        "Loshchilov, Hutter 2019, Decoupled Weight Decay Regularization, arXiv:1711.05101, alg. 2; Reddi et "
+        "al. 2018, On the Convergence of Adam and Beyond, arXiv:1904.09237, alg. 2"
+    )
+    constant = (
+        "params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "masters", "grad_scale"
+    )  # fmt: skip
+    mutates = ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "masters")
     public = staticmethod(adamw)
 
     @staticmethod
     def reference(
         params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
-        step: int, lr: float, beta1: float, beta2: float, weight_decay: float, eps: float,
+        max_exp_avg_sqs: list[Tensor], masters: list[Tensor], grad_scale: Tensor | None, seed: Tensor | None,
+        step: int, lr: float, beta1: float, beta2: float, weight_decay: float, eps: float, maximize: bool,
     ) -> None:  # fmt: skip
-        for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs):
+        for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
             f = opmath(p.dtype)
-            first = m.to(f) * beta1 + g.to(f) * (1 - beta1)
-            second = v.to(f) * beta2 + g.to(f).square() * (1 - beta2)
-            root = second.sqrt() / (1 - beta2**step) ** 0.5 + eps
-            p.copy_(p.to(f) * (1 - lr * weight_decay) - first * (lr / (1 - beta1**step)) / root)
+            grad = g.to(f) * (-1 if maximize else 1)
+            if grad_scale is not None:
+                grad = grad * grad_scale.to(f)
+            first = m.to(f) * beta1 + grad * (1 - beta1)
+            second = v.to(f) * beta2 + grad.square() * (1 - beta2)
             m.copy_(first)
             v.copy_(second)
+            if max_exp_avg_sqs:
+                second = torch.maximum(max_exp_avg_sqs[i].to(f), second)
+                max_exp_avg_sqs[i].copy_(second)
+            root = second.sqrt() / (1 - beta2**step) ** 0.5 + eps
+            value = masters[i].to(f) if masters else p.to(f)
+            value = value * (1 - lr * weight_decay) - first * (lr / (1 - beta1**step)) / root
+            if masters:
+                masters[i].copy_(value)
+            p.copy_(value if seed is None else _round_at_random(value, seed, i))
 
     @staticmethod
-    def outputs(params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, weight_decay, eps):
+    def outputs(params, *rest):
         return None
 
     @staticmethod
@@ -79,26 +150,111 @@ class ADAMW(Op):
     @staticmethod
     def eager(
         params, grads, exp_avgs, exp_avg_sqs, step,
-        lr=1e-3, beta1=0.9, beta2=0.999, weight_decay=1e-2, eps=1e-8,
+        lr=1e-3, beta1=0.9, beta2=0.999, weight_decay=1e-2, eps=1e-8, *,
+        max_exp_avg_sqs=None, masters=None, grad_scale=None, seed=None, maximize=False,
     ):  # fmt: skip
         steps = [torch.tensor(float(step - 1)) for _ in params]
+        if grad_scale is not None:
+            grads = [(g * grad_scale).to(g.dtype) for g in grads]
+        same = exp_avgs[0].dtype == params[0].dtype
+        values = masters or (params if same else [p.to(exp_avgs[0].dtype) for p in params])
         torch.optim._functional.adamw(
-            params, grads, exp_avgs, exp_avg_sqs, [], steps, foreach=False, amsgrad=False, beta1=beta1,
-            beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
+            values, [g.to(t.dtype) for g, t in zip(grads, values)], exp_avgs, exp_avg_sqs,
+            max_exp_avg_sqs or [], steps, foreach=False, amsgrad=bool(max_exp_avg_sqs), beta1=beta1,
+            beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, maximize=maximize,
         )  # fmt: skip
+        for i, (p, value) in enumerate(zip(params, values)):
+            if p is not value:
+                p.copy_(value if seed is None else _round_at_random(value, seed, i))
 
     @staticmethod
     def samples(make):
         for sizes in ((64,), (7, 33), (1,), (0, 5), (1025, 2), (16,), (17, 31, 64)):
             yield Sample(f"sizes {sizes}", _lists(make, *sizes), {"step": 3})
         yield Sample("first step", _lists(make, 40), {"step": 1, "lr": 0.1, "weight_decay": 0.1})
+        lists = _lists(make, 40, 70)
+        yield Sample(
+            "AMSGrad", lists, {"step": 3, "max_exp_avg_sqs": [2 * t for t in _lists(make, 40, 70)[3]]}
+        )
+        yield Sample("maximize", _lists(make, 40), {"step": 3, "maximize": True})
+        clip = make(1).float().abs().view(())
+        yield Sample("scaled", _lists(make, 5, 70), {"step": 3, "grad_scale": clip})
+        p, g, m, v = _lists(make, 33, 100)
+        m, v = ([t.to(opmath(make.dtype)) for t in many] for many in (m, v))
+        yield Sample("float32 states", (p, g, m, v), {"step": 3})
+        masters = {"masters": [t.to(opmath(make.dtype)) for t in p]}
+        yield Sample(
+            "masters", tuple([t.clone() for t in many] for many in (p, g, m, v)), {"step": 3, **masters}
+        )
 
     @staticmethod
     def benchmarks(make):
         yield Sample("one of 4 Mi", _lists(make, 2**22), {"step": 10})
         yield Sample("64 of 64 Ki", _lists(make, *[2**16] * 64), {"step": 10})
 
+    @staticmethod
+    def variants(make):
+        p, g, m, v = _lists(make, 4096, 4096)
+        m, v = [t.float() for t in m], [t.float() for t in v]
+        options = {"max_exp_avg_sqs": [t.clone() for t in v], "masters": [t.float() for t in p]}
+        yield Sample("all", (p, g, m, v), {"step": 3, "grad_scale": make(1).float().view(()), **options})
+        if make.dtype == torch.bfloat16:
+            seed = torch.tensor(5, device=make.device)
+            yield Sample("rounded at random", (p, g, m, v), {"step": 3, "seed": seed})
+
+
+@register
+class GRAD_NORM(Op):
+    """sqrt(Σ g²) over all elements of all tensors"""
+
+    name = "grad_norm"
+    family = "optim"
+    source = "Pascanu et al. 2013, On the difficulty of training Recurrent Neural Networks, arXiv:1211.5063"
+    constant = ("grads",)
+    public = staticmethod(grad_norm)
+
+    @staticmethod
+    def reference(grads: list[Tensor]) -> Tensor:
+        f = opmath(grads[0].dtype)
+        return torch.stack([g.to(f).square().sum() for g in grads]).sum().sqrt()
+
+    @staticmethod
+    def outputs(grads):
+        return grads[0].new_empty((), dtype=opmath(grads[0].dtype))
+
+    @staticmethod
+    def flops(grads):
+        return 2 * sum(g.numel() for g in grads)
+
+    @staticmethod
+    def eager(grads):
+        return torch.nn.utils.get_total_norm([g.to(opmath(g.dtype)) for g in grads])
+
+    @staticmethod
+    def samples(make):
+        for sizes in ((64,), (7, 33), (1,), (0, 5), (40000, 2), (17, 31, 64)):
+            yield Sample(f"sizes {sizes}", ([make(n) for n in sizes],), {})
+        yield Sample("zeros", ([make(9) * 0],), {})
+        yield Sample("a matrix and its transpose", ([(x := make(5, 9)), x.t()],), {})
+
+    @staticmethod
+    def benchmarks(make):
+        yield Sample("one of 4 Mi", ([make(2**22)],), {})
+        yield Sample("64 of 64 Ki", ([make(2**16) for _ in range(64)],), {})
+
 
 def _lists(make, *sizes: int) -> tuple[list[Tensor], ...]:
     p, g, m, v = ([make(n) for n in sizes] for _ in range(4))
     return p, g, m, [t.square() for t in v]
+
+
+def _round_at_random(x: Tensor, seed: Tensor, row: int) -> Tensor:
+    """float32 to bfloat16, up with the probability of the fraction: 16 random bits of place (row, i).
+
+    Infinities and NaN keep their bits.
+    """
+    at = torch.arange(x.numel(), device=x.device)
+    noise = philox.words(seed, torch.full_like(at, row), at) >> 16
+    bits = x.float().flatten().view(torch.int32).long() & 0xFFFFFFFF
+    cut = (torch.where(x.flatten().isfinite(), bits + noise, bits) & 0xFFFF0000) << 32 >> 32
+    return cut.to(torch.int32).view(torch.float32).view(x.shape)
