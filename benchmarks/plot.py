@@ -37,3 +37,27 @@ def bars(path: Path, rows: list[Row], machine: dict) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{machine['device']}, {machine['threads']} threads, {machine['date']}")
     figure.savefig(path, dpi=130)
+
+
+def targets(path: Path, verdicts: list, machine: dict) -> None:
+    """Save a PNG with what was reached of each target of `benchmarks.targets`."""
+    labels = [f"{v.what} {v.dtype} {v.half}" for v in verdicts]
+    figure = Figure(figsize=(11, 1.5 + 0.24 * len(labels)), layout="constrained")
+    axes = figure.subplots()
+    positions = range(len(labels))
+    drawn = axes.barh(
+        positions, [v.reached for v in verdicts], color=[FASTER if v.ok else SLOWER for v in verdicts]
+    )
+    axes.bar_label(drawn, [f"{v.reached:.2f} of {v.target:.2f}" for v in verdicts], padding=3, fontsize=7)
+    axes.plot([v.target for v in verdicts], positions, "|", color="black", markersize=9, label="target")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(
+        xlabel="times faster than the fastest peer",
+        xlim=(0, 1.2 * max(1, *(max(v.reached, v.target) for v in verdicts))),
+    )
+    axes.set_yticks(positions, labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.legend(loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{machine['device']}, {machine['threads']} threads, {machine['date']}")
+    figure.savefig(path, dpi=130)
