@@ -18,6 +18,7 @@ namespace {
 constexpr int kBlock = 32;         // elements that are decoded together; a group has whole blocks
 constexpr int kVecs = kBlock / W;  // the vectors of a block
 constexpr int64_t kMostRows = 48;  // of x: from there on packed panels pay
+constexpr int64_t kAheadBytes = 8192;  // of codes, asked for in time for memory's latency
 constexpr int64_t kTaskRows = 4 * W;
 
 // Codes of 8 bits.  Unscaled: s = 1 and m = 0, the scale of a whole row is left to its sum.
@@ -77,17 +78,22 @@ struct Weight {
   // The scale of row sums `row` on.
   Vec factor(int64_t row, int n) const { return whole ? read(scales, row, n) : set(1.0f); }
 
+  // The offset of a group with this scale, where there are no mins.
+  template <class V>
+  V offset(V scale) const {
+    return nibbles ? -8.0f * scale : V{};
+  }
   // Scales and offsets of all groups of a row, as floats.
   void affine(int64_t row, float* scale, float* offset) const {
     if (whole) {
-      *scale = 1, *offset = nibbles ? -8 : 0;
+      *scale = 1, *offset = this->offset(1.0f);
       return;
     }
     for (int64_t g = 0; g < groups; g += W) {
       const int n = static_cast<int>(std::min<int64_t>(W, groups - g));
       const Vec s = read(scales, row * groups + g, n);
       store(scale + g, s, n);
-      store(offset + g, mins ? read(mins, row * groups + g, n) : nibbles ? -8.0f * s : Vec{}, n);
+      store(offset + g, mins ? read(mins, row * groups + g, n) : this->offset(s), n);
     }
   }
   // Calls body(Decoder type) with what the codes are.
@@ -105,35 +111,63 @@ struct Weight {
   }
 };
 
-// Scales and offsets of W rows.  The rows behind the last one are the last one again.
-struct Rows {
+// W rows, with their scales and offsets as floats: those of a group lie together.  Rows behind the last are
+// the last again.
+class Rows {
+ public:
   const Weight& weight;
-  Buffer buffer;
   const uint8_t* codes[W];
-  int64_t stride;
 
-  explicit Rows(const Weight& w) : weight(w), buffer(2 * W * w.groups * sizeof(float)), stride(w.groups) {}
+  explicit Rows(const Weight& w) : weight(w), buffer_(2 * W * ceil_div(w.groups, W) * W * sizeof(float)) {}
+  // Scales of the W rows in a group, and behind them the offsets.
+  const float* affine(int64_t group) const { return buffer_.as<float>() + group * 2 * W; }
+
   void read(int64_t first) {
+    int64_t row[W];
     for (int i = 0; i < W; ++i) {
-      const int64_t row = std::min(first + i, weight.rows - 1);
-      codes[i] = weight.data + row * weight.row_bytes;
-      weight.affine(row, scale(i), offset(i));
+      row[i] = std::min(first + i, weight.rows - 1);
+      codes[i] = weight.data + row[i] * weight.row_bytes;
     }
+    if (weight.whole) {
+      store(to(0), set(1.0f));
+      return store(to(0) + W, set(weight.offset(1.0f)));
+    }
+    with_type(weight.scales.dtype, [&](auto type) {
+      using S = decltype(type);
+      for (int64_t g = 0; g < weight.groups; g += W) {
+        Vec block[W];
+        columns(weight.scales.as<S>(), row, g, block);
+        for (int i = 0; i < W; ++i) store(to(g + i), block[i]);
+        if (weight.mins) columns(weight.mins.as<S>(), row, g, block);
+        for (int i = 0; i < W; ++i) store(to(g + i) + W, weight.mins ? block[i] : weight.offset(block[i]));
+      }
+    });
   }
-  float* scale(int i) const { return buffer.as<float>() + i * stride; }
-  float* offset(int i) const { return scale(W + i); }
+
+ private:
+  float* to(int64_t group) const { return buffer_.as<float>() + group * 2 * W; }
+  // block[i] is what the rows have for group g + i.
+  template <class S>
+  void columns(const S* from, const int64_t (&row)[W], int64_t g, Vec (&block)[W]) const {
+    const int n = static_cast<int>(std::min<int64_t>(W, weight.groups - g));
+    for (int i = 0; i < W; ++i) block[i] = load(from + row[i] * weight.groups + g, n);
+    transpose(block);
+  }
+  Buffer buffer_;
 };
 
-// sums[m][i] = x[m] · weight row i for i = first .. first + R - 1, each lane a part of it.
-template <class Decoder, int M, int R>
+// sums[m][i] = x[m] · weight row i for i = first .. first + R - 1, each lane a part of it.  G: blocks of a
+// group, where it is known to be 1.
+template <class Decoder, int M, int R, int G>
 [[gnu::noinline]] void dots(const float* x, const Rows& rows, int first, Vec (&sums)[M][W]) {
   const Weight& weight = rows.weight;
-  const int64_t width = weight.width(), group = weight.group_blocks(), ahead = R * weight.row_bytes;
+  const int64_t width = weight.width(), group = G ? G : weight.group_blocks(), ahead = ceil_div(kAheadBytes, R * weight.row_bytes) * R * weight.row_bytes;
   const int64_t whole_blocks = weight.row_bytes / Decoder::block_bytes;  // the last may be short
   const uint8_t* codes[R];
   for (int r = 0; r < R; ++r) codes[r] = rows.codes[first + r];
   Vec sum[M][R] = {};
-  const auto step = [&](const Decoder(&decoders)[R], const uint8_t* const(&from)[R], const float* at) {
+  Decoder decoders[R];
+  const auto step = [&](const uint8_t* const(&from)[R]) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       Vec w[kVecs];
@@ -141,26 +175,29 @@ template <class Decoder, int M, int R>
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-        for (int i = 0; i < kVecs; ++i) sum[m][r] = fma(w[i], load(at + m * width + i * W), sum[m][r]);
+        for (int i = 0; i < kVecs; ++i) sum[m][r] = fma(w[i], load(x + m * width + i * W), sum[m][r]);
     }
   };
-  for (int64_t g = 0; g < weight.groups; ++g) {
-    Decoder decoders[R];
-    for (int r = 0; r < R; ++r) decoders[r] = Decoder(rows.scale(first + r)[g], rows.offset(first + r)[g]);
-    const int64_t end = (g + 1) * group;
-    for (int64_t b = g * group; b < std::min(end, whole_blocks); ++b, x += kBlock) {
-      step(decoders, codes, x);
+  const float* affine = rows.affine(0) + first;
+  for (int64_t b = 0; b < weight.blocks; affine += 2 * W) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) decoders[r] = Decoder(affine[r], affine[W + r]);
+    const int64_t end = b + group;
+    for (; b < std::min(end, whole_blocks); ++b, x += kBlock) {
+      step(codes);
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        prefetch(codes[r] + ahead);
+        prefetch_l2(codes[r] + ahead);
         codes[r] += Decoder::block_bytes;
       }
     }
-    if (end > whole_blocks) {  // codes behind the row's end are not read
+    if (b < end) {  // codes behind the row's end are not read
       const int64_t left = weight.row_bytes - whole_blocks * Decoder::block_bytes;
       uint8_t rest[R][Decoder::block_bytes] = {};
       const uint8_t* from[R];
       for (int r = 0; r < R; ++r) from[r] = static_cast<uint8_t*>(std::memcpy(rest[r], codes[r], left));
-      step(decoders, from, x);
+      step(from);
+      ++b;
     }
   }
   for (int m = 0; m < M; ++m)
@@ -197,7 +234,10 @@ void multiply_few(const float* x, int64_t x_rows, const Weight& weight, const Ep
       const auto tile = [&](int64_t m, auto count) {
         constexpr int M = decltype(count)::value, R = std::min(4, (W >= 16 ? 16 : 8) / M);
         Vec sums[M][W];
-        for (int i = 0; i < W; i += R) dots<Decoder, M, R>(x + m * weight.width(), rows, i, sums);
+        const float* from = x + m * weight.width();
+        for (int i = 0; i < W; i += R)
+          weight.group_blocks() == 1 ? dots<Decoder, M, R, 1>(from, rows, i, sums)
+                                     : dots<Decoder, M, R, 0>(from, rows, i, sums);
         for (int i = 0; i < M; ++i) epilogue(m + i, col, sum_of_each(sums[i]), n);
       };
       int64_t m = 0;
