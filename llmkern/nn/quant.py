@@ -1,5 +1,7 @@
 """QuantLinear: a linear layer whose weight is kept in 8 or 4 bits."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,8 @@ class QuantLinear(nn.Module):
     Args:
         weight: (D_out, D) in 8 or 4 bits, as `llmkern.ops.quantize` or a GGUF file gives it.
         bias: (D_out,) a tensor, or a Parameter, which is then kept as it is; or None.
+
+    `.to(bfloat16)` casts the bias alone: x and the bias meet in one dtype, the weight stays what it is.
 
     Attributes:
         qweight, scales, mins: buffers, laid out as in `llmkern.ops.quantize`; mins may be None.
@@ -41,6 +45,17 @@ class QuantLinear(nn.Module):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that it computes with, (out_features, in_features)."""
         return dequantize(self.qweight, self.scales, self.mins, dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
+        """Scales and mins are moved, not cast: in another dtype they would mean other weights."""
+        dtype = self.scales.dtype
+        before = {name: getattr(self, name) for name in ("scales", "mins")}
+        super()._apply(fn, recurse)
+        for name, was in before.items():
+            now = getattr(self, name)
+            if now is not None and now.dtype != dtype:
+                setattr(self, name, was.to(now.device))
+        return self
 
     def extra_repr(self) -> str:
         """What stands between the brackets when it is printed."""
