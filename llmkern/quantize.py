@@ -79,7 +79,7 @@ def quantize_(
         )
     report, owners, made = Report(), _owners(model), {}
     for path, module in list(model.named_modules(remove_duplicate=False)):
-        for name, child in list(module.named_children()):
+        for name, child in list(module._modules.items()):  # named_children tells of each once
             full = f"{path}.{name}" if path else name
             if not isinstance(child, nn.Linear) and _weight(child) is None:
                 continue
@@ -90,19 +90,19 @@ def quantize_(
                 if child not in made:  # one module in two places stays one
                     made[child] = _quantized(child, config)
                 setattr(module, name, made[child])
-            others = [p for p in owners[id(child.weight)] if p != full]
+            others = [p for p, owner in owners[id(child.weight)] if owner is not child]
             note = f"a copy: {', '.join(others)} keeps the weight" if others and reason is None else ""
             now = None if reason else "llmkern.nn.QuantLinear"
             report.entries.append(Entry(full, _name(child), now, reason or note))
     return report
 
 
-def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """The paths of the modules that hold each parameter."""
-    owners: dict[int, list[str]] = {}
+def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """The modules that hold each parameter, and their paths."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
         for parameter in module._parameters.values():
-            owners.setdefault(id(parameter), []).append(path)
+            owners.setdefault(id(parameter), []).append((path, module))
     return owners
 
 
