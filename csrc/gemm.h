@@ -85,6 +85,18 @@ class Packed {
       Packing<kTileCols, T>(m, i * kTileCols, 0, depth).run(1, buffer_.as<float>() + i * size());
     });
   }
+  // Rows that do not lie in memory: source(first, n, to) writes n of them to `to`, `stride` elements apart.
+  template <class Source>
+  Packed(int64_t rows, int64_t depth, int64_t stride, const Source& source)
+      : rows(rows), depth(depth), units_(ceil_div(depth, Units<T>::depth)), buffer_(panels() * size() * sizeof(float)) {
+    parallel_for(panels(), false, [&](int64_t i) {
+      const int64_t first = i * kTileCols, n = std::min<int64_t>(kTileCols, rows - first);
+      const Buffer part(n * stride * sizeof(T));
+      source(first, n, part.as<T>());
+      const Matrix<const T> m(part.as<T>(), n, depth, stride, 1);
+      Packing<kTileCols, T>(m, 0, 0, depth).run(1, buffer_.as<float>() + i * size());
+    });
+  }
   int64_t panels() const { return ceil_div(rows, kTileCols); }
   const float* panel(int64_t i, int64_t unit) const {
     return buffer_.as<float>() + i * size() + unit * kTileCols;

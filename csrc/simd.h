@@ -374,6 +374,44 @@ inline LongVec multiply_low(LongVec a, uint32_t b) {
 #endif
 }
 
+// ---- codes of four bits --------------------------------------------------------------------------
+
+// W bytes as whole numbers.
+inline IntVec load_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (IntVec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  return (IntVec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  IntVec v;
+  for (int i = 0; i < W; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+// scale · c + offset for the low four bits c of each lane: looked up among all 16, where they fit a vector.
+class Codes {
+ public:
+  Codes() = default;
+#if defined(__AVX512F__)
+  Codes(float scale, float offset) {
+    Vec c;
+    for (int i = 0; i < W; ++i) c[i] = static_cast<float>(i);
+    table_ = fma(c, set(scale), set(offset));
+  }
+  Vec operator()(IntVec codes) const { return _mm512_permutexvar_ps((__m512i)codes, table_); }
+
+ private:
+  Vec table_;
+#else
+  Codes(float scale, float offset) : scale_(set(scale)), offset_(set(offset)) {}
+  Vec operator()(IntVec codes) const { return fma(__builtin_convertvector(codes & 15, Vec), scale_, offset_); }
+
+ private:
+  Vec scale_, offset_;
+#endif
+};
+
 // ---- shuffles within a vector --------------------------------------------------------------------
 
 template <int... L>

@@ -3,15 +3,19 @@
 from . import models, nn, ops, optim
 from .ops import empty_cache, set_fallback, use
 from .ops.explain import explain
+from .quantize import Int4WeightOnly, Int8WeightOnly, quantize_
 from .swap import restore_, swap_, swapped
 
 __all__ = [
+    "Int4WeightOnly",
+    "Int8WeightOnly",
     "empty_cache",
     "explain",
     "models",
     "nn",
     "ops",
     "optim",
+    "quantize_",
     "restore_",
     "set_fallback",
     "swap_",

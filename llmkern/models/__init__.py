@@ -1,6 +1,7 @@
 """Models built from `llmkern.nn`."""
 
+from .gguf import GGUF, GGUFError
 from .gpt import GPT, GPTConfig
 from .presets import PRESETS, preset
 
-__all__ = ["GPT", "PRESETS", "GPTConfig", "preset"]
+__all__ = ["GGUF", "GPT", "PRESETS", "GGUFError", "GPTConfig", "preset"]

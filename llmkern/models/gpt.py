@@ -117,7 +117,7 @@ class GPT(nn.Module):
 
     def new_caches(self, batch: int, max_length: int, **options: object) -> list[KVCache]:
         """An empty `KVCache` for each block; options dtype and page_size, by default the model's dtype."""
-        weight, c = self.lm_head.weight, self.config
+        weight, c = self.transformer.wte.weight, self.config  # the head's may be quantised
         options = {"dtype": weight.dtype, "device": weight.device, **options}
         return [
             KVCache(batch, c.n_head, max_length, c.n_embd // c.n_head, **options) for _ in range(c.n_layer)

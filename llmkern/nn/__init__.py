@@ -5,7 +5,7 @@ LinearCrossEntropyLoss, Embedding, Dropout, Softmax, LogSoftmax` are subclasses 
 same name, with their arguments, parameters and state_dict keys.
 `CausalSelfAttention, MLP, GatedMLP, Block` are the parts of a GPT; `llmkern.nn.plain` has them in
 PyTorch alone.  `RotaryEmbedding` is what Llama has for positions; `KVCache` keeps the keys and values of
-an attention layer for generation.
+an attention layer for generation; `QuantLinear` has a weight in 8 or 4 bits.
 """
 
 from . import plain
@@ -18,6 +18,7 @@ from .linear import Linear
 from .linear_loss import LinearCrossEntropyLoss
 from .loss import CrossEntropyLoss
 from .norm import LayerNorm, RMSNorm
+from .quant import QuantLinear
 from .rope import RotaryEmbedding
 from .softmax import LogSoftmax, Softmax
 from .transformer import Block, TransformerEncoderLayer
@@ -36,6 +37,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "LogSoftmax",
     "MultiheadAttention",
+    "QuantLinear",
     "RMSNorm",
     "RotaryEmbedding",
     "SequentialFFN",

@@ -3,7 +3,9 @@
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..ops.dispatch import fall_back
 from .linear import Linear
+from .quant import QuantLinear
 
 
 def hooked(module: nn.Module) -> bool:
@@ -27,3 +29,9 @@ def must_call(**children: nn.Module) -> str | None:
         if is_traceable_wrapper_subclass(child.weight):
             return f"the weight of {name} is a {type(child.weight).__name__}"
     return None
+
+
+def unfused(what: str, reason: str, *children: nn.Module) -> None:
+    """Tell that `what` calls its children and why, unless they were quantised, and run their own kernels."""
+    if not any(isinstance(child, QuantLinear) for child in children):
+        fall_back(what, reason)

@@ -5,9 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.dispatch import fall_back
 from . import plain
-from .children import hooked, must_call
+from .children import hooked, must_call, unfused
 
 
 class MLP(plain.MLP):
@@ -16,7 +15,7 @@ class MLP(plain.MLP):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(B, T, C) to (B, T, C), or any leading dimensions; `residual` is added to the result."""
         if reason := must_call(c_fc=self.c_fc, c_proj=self.c_proj):
-            fall_back("MLP", reason)
+            unfused("MLP", reason, self.c_fc, self.c_proj)
             y = super().forward(x)
             return y if residual is None else residual + y
         return fused(x, self.c_fc, self.activation, self.c_proj, last=self.dropout, residual=residual)
@@ -28,7 +27,7 @@ class GatedMLP(plain.GatedMLP):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C), or any leading dimensions."""
         if reason := must_call(c_gate=self.c_gate, c_fc=self.c_fc, c_proj=self.c_proj):
-            fall_back("GatedMLP", reason)
+            unfused("GatedMLP", reason, self.c_gate, self.c_fc, self.c_proj)
             return super().forward(x)
         return fused(x, self.c_fc, self.activation, self.c_proj, self.c_gate, last=self.dropout)
 
@@ -43,7 +42,7 @@ class SequentialFFN(nn.Sequential):
         """(*, D) to (*, D_out)."""
         linear_in, activation, dropout, linear_out, last = parts(self)
         if reason := why_unfused(activation, dropout, linear_in, linear_out):
-            fall_back("nn.Sequential", reason)
+            unfused("nn.Sequential", reason, linear_in, linear_out)
             return super().forward(input)
         return fused(input, linear_in, activation_name(activation), linear_out, dropout=dropout, last=last)
 

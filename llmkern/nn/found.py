@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops.dispatch import fall_back
 from ..ops.ffn import ACTIVATIONS, activate
-from .children import hooked
+from .children import hooked, unfused
 from .linear import Linear
 
 ROLES = "_llmkern_roles"  # the attribute in which a swapped module keeps what was found out about it
@@ -50,7 +50,7 @@ class FFNKernel:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if reason := _why_not_fused(self, args or kwargs):
-            fall_back(type(self).__qualname__, reason)
+            unfused(type(self).__qualname__, reason, *self.children())
             return super().forward(x, *args, **kwargs)
         return _run_ffn(self, x, **getattr(self, ROLES))
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..ops.dispatch import fall_back
 from . import plain
 from .attention import CausalSelfAttention, MultiheadAttention
-from .children import hooked
+from .children import hooked, unfused
 from .decode import KVCache
 from .ffn import MLP, activation_name, fused, why_unfused
 from .norm import LayerNorm, add_norm
@@ -90,7 +90,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     def _ff_block(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         reason = why_unfused(self.activation, self.dropout, self.linear1, self.linear2)
         if reason:
-            fall_back("TransformerEncoderLayer's feed-forward", reason)
+            unfused("TransformerEncoderLayer's feed-forward", reason, self.linear1, self.linear2)
             y = super()._ff_block(x)
             return y if residual is None else residual + y
         return fused(

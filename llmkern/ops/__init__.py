@@ -13,6 +13,8 @@ from .memory import cached_bytes, empty_cache
 from .norm import layer_norm, rms_norm
 from .op import OPS
 from .optim import adamw, grad_norm
+from .quant import quant_linear
+from .quant_weight import QuantWeight, dequantize, quantize
 from .rope import rope, rope_
 from .rope_table import rope_frequencies, rope_table
 from .softmax import log_softmax, softmax
@@ -21,12 +23,14 @@ __all__ = [
     "OPS",
     "FallbackError",
     "FallbackWarning",
+    "QuantWeight",
     "adamw",
     "attention",
     "attention_varlen",
     "cached_bytes",
     "cross_entropy",
     "decode_attention",
+    "dequantize",
     "dropout",
     "embedding",
     "empty_cache",
@@ -37,6 +41,8 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "log_softmax",
+    "quant_linear",
+    "quantize",
     "rms_norm",
     "rope",
     "rope_",
