@@ -52,10 +52,13 @@ def quant_linear_bwd(
 
 
 def _codes(qweight: Tensor, scales: Tensor, k: int, most: int) -> tuple[bool, int, int]:
-    """Whether codes have 4 bits, the size of a group, 0 for a whole row, and a depth that a group is whole in."""
-    int4 = qweight.element_size() * qweight.shape[1] != k
+    """Whether codes have 4 bits; the size of a group, 0 for a whole row; the depth of a step, within a group.
+
+    A step is `most` deep, or for 4 bits, which give it two products, twice that.
+    """
+    int4 = qweight.shape[1] != k
     group = 0 if scales.shape[1] == 1 else k // scales.shape[1]
-    step = fit(k, 32, most)
+    step = fit(k, 32 if int4 else 16, 2 * most if int4 else most)
     while group % step:  # the group is a multiple of 32
         step //= 2
     return int4, group, step

@@ -116,13 +116,14 @@ def _weight(module: nn.Module) -> Tensor | None:
     return None
 
 
-def _why_left(
-    module: nn.Module, parent: nn.Module, config: Int8WeightOnly | Int4WeightOnly
-) -> str | None:
+def _why_left(module: nn.Module, parent: nn.Module, config: Int8WeightOnly | Int4WeightOnly) -> str | None:
     weight = _weight(module)
     if weight is None:
         return "a subclass of Linear; only torch.nn.Linear itself is replaced"
-    if isinstance(parent, nn.TransformerEncoderLayer) and type(parent) is not kernel_nn.TransformerEncoderLayer:
+    if (
+        isinstance(parent, nn.TransformerEncoderLayer)
+        and type(parent) is not kernel_nn.TransformerEncoderLayer
+    ):
         return "torch's TransformerEncoderLayer reads its weight; swap_ the layer first"
     if hooked(module):
         return "it has hooks or a forward of its own"

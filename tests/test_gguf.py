@@ -63,7 +63,11 @@ def test_dense(kind, dtype, alignment, path):
     entries = [entry("general.alignment", 4, struct.pack("<I", alignment))]
     data = x.view(torch.uint8).numpy().tobytes()
     gap = -len(data) % alignment
-    tensors = [info("x", (5, 3), kind, 0), info("y", (5, 3), kind, len(data) + gap), info("none", (0,), kind, 0)]
+    tensors = [
+        info("x", (5, 3), kind, 0),
+        info("y", (5, 3), kind, len(data) + gap),
+        info("none", (0,), kind, 0),
+    ]
     file = read(path, build(entries, tensors, data + bytes(gap) + data, alignment=alignment))
     assert torch.equal(file.tensor("x"), x) and torch.equal(file.tensor("y"), x)
     assert file.tensors["x"].shape == (3, 5) and file.tensor("none").shape == (0,)
@@ -123,7 +127,10 @@ MALFORMED = {
     "huge": (build((), [info("x", (2**63, 2**63), 0, 0)], bytes(16)), "inside the file"),
     "row": (build((), [info("x", (40, 2), 8, 0)], bytes(99)), "rows of a multiple of 32"),
     "names": (build((), GOOD * 2, bytes(64)), "2 tensors have 1 names"),
-    "alignment": (build([entry("general.alignment", 4, bytes(4))], GOOD, bytes(64)), "general.alignment is 0"),
+    "alignment": (
+        build([entry("general.alignment", 4, bytes(4))], GOOD, bytes(64)),
+        "general.alignment is 0",
+    ),
 }
 
 

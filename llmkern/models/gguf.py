@@ -104,7 +104,9 @@ class GGUF:
             dtype = DENSE[kind][1]
             if not nbytes:
                 return torch.empty(shape, dtype=dtype)
-            return torch.frombuffer(self._memory, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
+            return torch.frombuffer(self._memory, dtype=dtype, count=math.prod(shape), offset=offset).view(
+                shape
+            )
         if len(shape) != 2 or not nbytes:
             raise GGUFError(
                 f"GGUF: tensor {name!r} is {QUANTISED[kind][0]} of shape {shape}, expected a matrix"
@@ -194,7 +196,9 @@ class _Reader:
         name = self.string("a tensor's name")
         dims = self.number("I", f"the number of dimensions of {name!r}")
         if dims > MOST_DIMENSIONS:
-            raise GGUFError(f"GGUF: tensor {name!r} has {dims} dimensions, expected at most {MOST_DIMENSIONS}")
+            raise GGUFError(
+                f"GGUF: tensor {name!r} has {dims} dimensions, expected at most {MOST_DIMENSIONS}"
+            )
         shape = tuple(self.number("Q", f"the shape of {name!r}") for _ in range(dims))[::-1]
         kind, offset = self.number("I", f"the type of {name!r}"), self.number("Q", f"the offset of {name!r}")
         nbytes = None
@@ -202,7 +206,7 @@ class _Reader:
             nbytes = math.prod(shape) * DENSE[kind][1].itemsize
         elif kind in QUANTISED:
             if not shape or shape[-1] % BLOCK:
-                raise GGUFError(f"GGUF: tensor {name!r} is {QUANTISED[kind][0]} of shape {shape}, expected rows "
-                                f"of a multiple of {BLOCK}")  # fmt: skip
+                what = f"tensor {name!r} is {QUANTISED[kind][0]} of shape {shape}"
+                raise GGUFError(f"GGUF: {what}, expected rows of a multiple of {BLOCK}")
             nbytes = math.prod(shape) // BLOCK * QUANTISED[kind][1]
         return name, TensorInfo(shape, kind, offset, nbytes)

@@ -68,13 +68,13 @@ def _check(x: Tensor, qweight: Tensor, scales: Tensor, mins: Tensor | None, bias
     out = qweight.shape[0]
     if scales.dim() != 2 or scales.shape[0] != out or not _divides(scales.shape[1], width):
         raise ValueError(
-            f"quant_linear: scales has shape {tuple(scales.shape)}, expected ({out}, G) with G 1, or {width} / G "
-            f"a multiple of {BLOCK}"
+            f"quant_linear: scales has shape {tuple(scales.shape)}, expected ({out}, G) with G 1, or "
+            f"{width} / G a multiple of {BLOCK}"
         )
     if mins is not None and (mins.shape, mins.dtype) != (scales.shape, scales.dtype):
         raise ValueError(
-            f"quant_linear: mins is {mins.dtype} of shape {tuple(mins.shape)}, expected {scales.dtype} of shape "
-            f"{tuple(scales.shape)} as scales"
+            f"quant_linear: mins is {mins.dtype} of shape {tuple(mins.shape)}, expected {scales.dtype} of "
+            f"shape {tuple(scales.shape)} as scales"
         )
     if not scales.is_floating_point():
         raise ValueError(f"quant_linear: scales is {scales.dtype}, expected floating point")
@@ -177,7 +177,9 @@ class QUANT_LINEAR(Op):
         yield Sample("int8 mins of groups", (make(13, 64), *weight(20, 64, 8, 32, False)), {})
         for n in (3, 70):
             yield Sample(f"int4 rows {n}", (make(n, 96), *weight(19, 96, 4)), {})
-        yield Sample("int4 float32 scales", (make(2, 64), *weight(9, 64, 4, 32, scale_dtype=torch.float32)), {})
+        yield Sample(
+            "int4 float32 scales", (make(2, 64), *weight(9, 64, 4, 32, scale_dtype=torch.float32)), {}
+        )
         bf16 = weight(9, 64, 4, 32, False, torch.bfloat16)
         yield Sample("int4 bfloat16 scales", (make(2, 3, 64), *bf16), {})
         yield Sample("no bias", (make(2, 3, 40), *weight(24, 40)), {})
@@ -201,10 +203,10 @@ class QUANT_LINEAR(Op):
             for args in ((8, 128), (4, 128), (4, 64, False), (8, None, False), (4, None)):
                 q = quantize(make(768, 768), *args)
                 yield Sample(f"{args} {n} rows", (make(n, 768), *q, make(768)), {})
-            yield Sample(f"int8 {n} odd rows", (make(n, 765), *quantize(make(100, 765)), make(100)), {})
+            yield Sample(f"int8 {n}x816x100", (make(n, 816), *quantize(make(100, 816)), make(100)), {})
 
     @staticmethod
     def condition(input, qweight, scales, mins=None, bias=None) -> float:
-        """Rounding errors of a sum of D terms grow with √D; q s and m cancel where w is far less than both."""
+        """Rounding errors of a sum of D terms grow with √D; s q and m may be larger than their sum w."""
         growth = math.sqrt(input.shape[-1])
         return growth if mins is None else 4 * growth

@@ -10,7 +10,7 @@ One layout holds what GGUF calls Q8_0, Q4_0 and Q4_1, and int8 with a scale a ro
     w = s q + m         8 bits q in -128 .. 127, 4 bits q in 0 .. 15, m the group's min
     w = s q, s (q - 8)  without mins: 8 bits, 4 bits
 
-(Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, sec. 2.1; ggml, `block_q8_0`, `block_q4_0`, `block_q4_1`.)
+(Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, sec. 2.1; ggml's block_q8_0, block_q4_0, block_q4_1.)
 """
 
 from typing import NamedTuple

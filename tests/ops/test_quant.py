@@ -121,7 +121,9 @@ def test_rows_that_are_not_numbers(backend: str, device: str, strict):
     x[1, 63] = torch.nan
     for args in ((8,), (4, 32)):
         with ops.use(backend):
-            y = ops.quant_linear(x, *(t if t is None else t.to(device) for t in ops.quantize(randn(9, 64), *args)))
+            y = ops.quant_linear(
+                x, *(t if t is None else t.to(device) for t in ops.quantize(randn(9, 64), *args))
+            )
         assert y[1].isnan().all() and not y[[0, 2, 3]].isnan().any()
 
 
@@ -131,7 +133,11 @@ BAD = [
     ("integers", lambda: ops.quant_linear(X.long(), *W8), "input is torch.int64"),
     ("codes", lambda: ops.quant_linear(X, W8.qweight.float(), W8.scales), "qweight is torch.float32"),
     ("width", lambda: ops.quant_linear(X[:, :32], *W8), "qweight is torch.int8 of shape (4, 64)"),
-    ("odd width", lambda: ops.quant_linear(X[:, :40], *W4), "input has 40 columns, expected a multiple of 32"),
+    (
+        "odd width",
+        lambda: ops.quant_linear(X[:, :40], *W4),
+        "input has 40 columns, expected a multiple of 32",
+    ),
     ("no width", lambda: ops.quant_linear(X[:, :0], *W8), "input has 0 columns"),
     ("scales", lambda: ops.quant_linear(X, W8.qweight, W4.scales[:3]), "scales has shape (3, 2)"),
     ("groups", lambda: ops.quant_linear(X, W8.qweight, torch.ones(4, 4)), "scales has shape (4, 4)"),
@@ -140,7 +146,11 @@ BAD = [
     ("bias", lambda: ops.quant_linear(X, *W8, torch.ones(5)), "bias is torch.float32 of shape (5,)"),
     ("device", lambda: ops.quant_linear(X, W8.qweight.to("meta"), W8.scales), "qweight is on meta"),
     ("bits", lambda: ops.quantize(X, 3), "bits is 3"),
-    ("group size", lambda: ops.quantize(X, 4, 48), "group_size is 48, expected a multiple of 32 that divides 64"),
+    (
+        "group size",
+        lambda: ops.quantize(X, 4, 48),
+        "group_size is 48, expected a multiple of 32 that divides 64",
+    ),
     ("4 bits", lambda: ops.quantize(torch.ones(2, 40), 4), "a row has 40 elements"),
     ("weight", lambda: ops.quantize(torch.ones(2, 2, 4)), "weight is torch.float32 of shape (2, 2, 4)"),
     ("itself", lambda: llmkern.quantize_(nn.Linear(4, 4), Int8WeightOnly()), "model is a Linear"),
@@ -162,7 +172,12 @@ def gpt(**changes) -> GPT:
     return GPT(GPTConfig(vocab_size=61, block_size=32, n_layer=2, n_head=2, n_embd=64, **changes)).eval()
 
 
-CONFIGS = [Int8WeightOnly(), Int8WeightOnly(32, False), Int4WeightOnly(32), Int4WeightOnly(64, symmetric=False)]
+CONFIGS = [
+    Int8WeightOnly(),
+    Int8WeightOnly(32, False),
+    Int4WeightOnly(32),
+    Int4WeightOnly(64, symmetric=False),
+]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -254,7 +269,8 @@ def test_what_is_left_alone():
     assert [e.path for e in report.changed] == ["good"] and type(model["filtered"]) is nn.Linear
     for path, words in {
         "odd": "divides 40", "groups": "divides 96", "meta": "on meta", "mine": "a subclass of Linear",
-        "hooked": "hooks", "encoder.linear1": "TransformerEncoderLayer", "encoder.self_attn.out_proj": "subclass",
+        "hooked": "hooks", "encoder.linear1": "TransformerEncoderLayer",
+        "encoder.self_attn.out_proj": "a subclass",
     }.items():  # fmt: skip
         assert words in reasons[path], path
     assert "good" in str(report)
