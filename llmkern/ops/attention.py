@@ -10,6 +10,7 @@ from . import attention_samples, philox
 from .attention_eager import eager
 from .attention_rules import Rules, kept, scores, spans_of_documents, spans_of_sequences, visible_pairs
 from .op import Op, autocast, empty, opmath, register
+from .sharding import SUM, Split, wanted
 
 MAX_HEAD_DIM = 256
 
@@ -284,6 +285,26 @@ class ATTENTION(Op):
         if others[-1][3]:
             return "attn_mask needs a gradient, which is as large as the whole score matrix"
         return ATTENTION.refuse(backend, q, k, v)
+
+    @staticmethod
+    def splits(half, args):
+        """By sequences or by heads; dropout counts in whole tensors, so with it every device has all."""
+        if args["seed"] is not None:
+            return
+        heads = dict.fromkeys(("q", "k", "v", "mask", "alibi_slopes", "dout", "dlse", "out", "lse"), 1)
+        batch = {**dict.fromkeys(heads, 0), "spans": 0}
+        heads["sinks"] = 0
+        mesh = args["k"].mesh
+        even = all(args["k"].shape[1] % mesh.size(i) == 0 for i in range(mesh.ndim))  # groups stay whole
+        if half == "fwd":
+            yield Split(batch, (0, 0))
+            if even:
+                yield Split(heads, (1, 1))
+        else:
+            needs = args["needs"]
+            yield Split(batch, tuple(wanted(n, w) for n, w in zip(needs, (0, 0, 0, 0, SUM))))
+            if even:
+                yield Split(heads, tuple(wanted(n, w) for n, w in zip(needs, (1, 1, 1, 1, 0))))
 
     @staticmethod
     def flops(q, k, v, *rules):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import philox
 from .op import Make, Op, Sample, autocast, empty, opmath, register, rows
+from .sharding import SUM, Split, wanted
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "relu2")
 GATED = {"reglu": "relu", "geglu": "gelu", "swiglu": "silu"}  # Shazeer 2020
@@ -256,6 +257,28 @@ class FFN(Op):
         return tuple(
             x.new_empty(t.shape) if need and t is not None else empty(x) for t, need in zip(like, needs)
         )
+
+    @staticmethod
+    def splits(half, args):
+        """By rows, or by hidden units; dropout counts in whole tensors, so with it every device has all."""
+        if args["seed"] is not None:
+            return
+        gated = args["weight_gate"] is not None
+        hidden = dict.fromkeys(("weight_in", "bias_in", "weight_gate", "bias_gate"), 0) | {"weight_out": 1}
+        if half == "fwd":
+            keep = args["keep"]
+            yield Split({"x": 0, "residual": 0}, (0, wanted(keep, 0), wanted(keep and gated, 0)))
+            if args["bias_out"] is None and args["residual"] is None:
+                yield Split(hidden, (SUM, wanted(keep, 1), wanted(keep and gated, 1)))
+            return
+        kept = args["u"].shape[0] > 0 and len(args["u"].shape) == 2
+        states = ("u", "g") if gated else ("u",)
+        for split, where, at in (
+            ({"dy": 0, "x": 0}, (0, SUM, SUM, SUM, SUM, SUM, SUM), 0),
+            (hidden, (SUM, 0, 0, 0, 0, 1, None), 1),
+        ):
+            inputs = {**split, **(dict.fromkeys(states, at) if kept else {})}
+            yield Split(inputs, tuple(wanted(n, w) for n, w in zip(args["needs"], where)))
 
     @staticmethod
     def flops(x, weight_in, bias_in, weight_gate, bias_gate, weight_out, *options):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .op import Make, Op, Sample, autocast, empty, opmath, register
+from .sharding import SUM, Split, wanted
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -90,6 +91,21 @@ class LINEAR(Op):
     def outputs_bwd(dy, x, weight, bias, needs):
         like = (x, weight, bias)
         return tuple(x.new_empty(t.shape) if need else empty(x) for t, need in zip(like, needs))
+
+    @staticmethod
+    def splits(half, args):
+        if half == "fwd":
+            yield Split({"x": 0}, (0,))
+            yield Split({"weight": 0, "bias": 0}, (1,))  # column-parallel
+            if args["bias"] is None:
+                yield Split({"x": 1, "weight": 1}, (SUM,))  # row-parallel
+        else:
+            dx, dweight, dbias = args["needs"]
+            yield Split({"dy": 0, "x": 0}, (wanted(dx, 0), wanted(dweight, SUM), wanted(dbias, SUM)))
+            yield Split(
+                {"dy": 1, "weight": 0, "bias": 0}, (wanted(dx, SUM), wanted(dweight, 0), wanted(dbias, 0))
+            )
+            yield Split({"x": 1, "weight": 1}, (wanted(dx, 1), wanted(dweight, 1), None))
 
     @staticmethod
     def flops(x, weight, bias):

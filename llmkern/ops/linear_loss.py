@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .loss import check_targets, reduce_losses
 from .op import Make, Op, Sample, autocast, empty, opmath, register
+from .sharding import SUM, Split, wanted
 
 
 def linear_cross_entropy(
@@ -210,6 +211,14 @@ class LINEAR_CROSS_ENTROPY(Op):
         needs,
     ):  # fmt: skip
         return tuple(x.new_empty(t.shape) if need else empty(x) for t, need in zip((x, head, bias), needs))
+
+    @staticmethod
+    def splits(half, args):
+        split = dict.fromkeys(("x", "target", "dloss", "top", "log_total"), 0)
+        if half == "fwd":
+            yield Split(split, (0, 0, 0))
+        else:
+            yield Split(split, tuple(wanted(n, w) for n, w in zip(args["needs"], (0, SUM, SUM))))
 
     @staticmethod
     def flops(x, head, bias, target, weight, ignore_index, label_smoothing, z_loss, softcap):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .op import Make, Op, Sample, autocast_enabled, opmath, register
+from .sharding import Split
 
 
 def cross_entropy(
@@ -177,6 +178,11 @@ class CROSS_ENTROPY(Op):
     @staticmethod
     def outputs_bwd(dloss, logits, target, weight, top, log_total, ignore_index, label_smoothing, needs):
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def splits(half, args):
+        split = dict.fromkeys(("logits", "target", "dloss", "top", "log_total"), 0)
+        yield Split(split, (0, 0, 0) if half == "fwd" else (0,))
 
     @staticmethod
     def flops(logits, target, weight, ignore_index, label_smoothing):

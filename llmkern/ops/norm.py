@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .op import Make, Op, Sample, empty, opmath, register, rows
+from .sharding import SUM, Split, wanted
 
 
 def layer_norm(
@@ -118,6 +119,15 @@ class Norm(Op):
 
     family = "norm"
     results = 2  # y and h
+
+    @staticmethod
+    def splits(half, args):
+        split = dict.fromkeys(("x", "residual", "dy", "dh", "h", "mean", "rstd"), 0)
+        if half == "fwd":
+            stats = 2 if "bias" in args else 1
+            yield Split(split, (0, wanted(args["residual"] is not None, 0), *(0,) * stats))
+        else:
+            yield Split(split, tuple(wanted(n, w) for n, w in zip(args["needs"], (0, SUM, SUM))))
 
     @staticmethod
     def samples(make: Make, weights: int) -> Iterator[Sample]:

@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import register_flop_formula
 
-from . import dispatch
+from . import dispatch, sharding
 from .dispatch import tensors
+from .sharding import Split
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 LIBRARY = torch.library.Library("llmkern", "DEF")
 OPS: dict[str, "Op"] = {}
 
@@ -92,6 +94,8 @@ class Op:
         refuse(backend, *args) -> str | None   why a fast forward kernel cannot take these arguments;
         refuse_bwd                             the same for backward
         flops(*args), flops_bwd(*args)         multiply and add count as two
+        splits(half, args) -> [Split]          how a half may be split over devices, from its arguments by
+                                               name; without, every device has all (sharding.py)
         unread(*args) -> int                   bytes of forward's arguments that it need not read
         public(...)                            the function that users call
         eager(...)                             the same by torch itself, with the same arguments
@@ -129,6 +133,10 @@ class Op:
     @staticmethod
     def refuse_bwd(backend: str, *args: Any) -> str | None:
         return None
+
+    @staticmethod
+    def splits(half: str, args: dict[str, Any]) -> Iterator[Split]:
+        yield from ()
 
     @staticmethod
     def unread(*args: Any) -> int:
@@ -229,6 +237,8 @@ def _with_autograd(op: Op) -> Callable[..., Any]:
     positions = [i for i, both in enumerate(zip(slots, passed)) if both != (None, None)]
 
     def apply(*args):
+        if type(args[0]) not in _PLAIN:
+            sharding.look_at(args, OPS)
         if torch.is_grad_enabled():
             for i in positions:
                 if args[i] is not None and args[i].requires_grad:
@@ -245,6 +255,8 @@ def _without_autograd(op: Op) -> Callable[..., Any]:
     """The forward half, for ops of inference and of optimizers."""
 
     def apply(*args):
+        if type(args[0]) not in _PLAIN:
+            sharding.look_at(args, OPS)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors(args)):
             raise RuntimeError(
                 f"{op.name} has no backward, and an argument requires a gradient; "

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .op import Make, Op, Sample, autocast_enabled, opmath, register, rows
+from .sharding import Split
 
 
 def softmax(x: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
@@ -65,6 +66,10 @@ class RowOp(Op):
     @staticmethod
     def outputs_bwd(dy, y, needs):
         return torch.empty_like(y)
+
+    @staticmethod
+    def splits(half, args):
+        yield Split({"x": 0, "dy": 0, "y": 0}, (0,))
 
     @staticmethod
     def flops(x):
