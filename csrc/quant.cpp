@@ -17,9 +17,12 @@ namespace {
 
 constexpr int kBlock = 32;         // elements that are decoded together; a group has whole blocks
 constexpr int kVecs = kBlock / W;  // the vectors of a block
-constexpr int64_t kMostRows = 48;  // of x: from there on packed panels pay
-constexpr int64_t kAheadBytes = 8192;  // of codes, asked for in time for memory's latency
+constexpr int64_t kAheadBytes = 8192;  // of codes, asked for in time for the latency of memory
 constexpr int64_t kTaskRows = 4 * W;
+
+// Rows of x up to which packing does not pay; with pairs of bfloat16 it pays earlier.
+template <class T>
+constexpr int64_t most_rows = Units<T>::depth == 2 ? 20 : 48;
 
 // Codes of 8 bits.  Unscaled: s = 1 and m = 0, the scale of a whole row is left to its sum.
 template <bool scaled>
@@ -27,6 +30,8 @@ struct Bytes {
   static constexpr int block_bytes = kBlock;
   Vec scale, offset;
 
+  using Unscaled = Bytes<false>;
+  static constexpr bool late = true;
   Bytes() = default;
   Bytes(float s, float m) : scale(set(s)), offset(set(m)) {}
   void decode(const uint8_t* p, Vec (&w)[kVecs]) const {
@@ -43,6 +48,8 @@ struct Nibbles {
   static constexpr int block_bytes = kBlock / 2;
   Codes codes;
 
+  using Unscaled = Nibbles;
+  static constexpr bool late = false;
   Nibbles() = default;
   Nibbles(float s, float m) : codes(s, m) {}
   void decode(const uint8_t* p, Vec (&w)[kVecs]) const {
@@ -157,17 +164,25 @@ class Rows {
 };
 
 // sums[m][i] = x[m] · weight row i for i = first .. first + R - 1, each lane a part of it.  G: blocks of a
-// group, where it is known to be 1.
+// group, where it is known to be 1.  Late: codes are multiplied as they are and the group's sum is scaled,
+// s Σ q x + m Σ x, which for one row of x is less work than to scale the codes, unless a table does that.
 template <class Decoder, int M, int R, int G>
 [[gnu::noinline]] void dots(const float* x, const Rows& rows, int first, Vec (&sums)[M][W]) {
+  constexpr bool late = M == 1 && Decoder::late;
   const Weight& weight = rows.weight;
-  const int64_t width = weight.width(), group = G ? G : weight.group_blocks(), ahead = ceil_div(kAheadBytes, R * weight.row_bytes) * R * weight.row_bytes;
+  const int64_t width = weight.width(), group = G ? G : weight.group_blocks();
+  const int64_t tile = R * weight.row_bytes, ahead = ceil_div(kAheadBytes, tile) * tile;
   const int64_t whole_blocks = weight.row_bytes / Decoder::block_bytes;  // the last may be short
+  const bool mins = static_cast<bool>(weight.mins);
   const uint8_t* codes[R];
+#pragma GCC unroll 4
   for (int r = 0; r < R; ++r) codes[r] = rows.codes[first + r];
-  Vec sum[M][R] = {};
+  Vec sum[M][R] = {}, part[R], x_sum;
   Decoder decoders[R];
-  const auto step = [&](const uint8_t* const(&from)[R]) {
+#pragma GCC unroll 4
+  for (int r = 0; late && r < R; ++r) decoders[r] = Decoder(1.0f, 0.0f);
+  // loops that touch arrays are unrolled and inlined, each and all: one that is not keeps them in memory
+  const auto step = [&](const uint8_t* const(&from)[R]) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       Vec w[kVecs];
@@ -175,13 +190,23 @@ template <class Decoder, int M, int R, int G>
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-        for (int i = 0; i < kVecs; ++i) sum[m][r] = fma(w[i], load(x + m * width + i * W), sum[m][r]);
+        for (int i = 0; i < kVecs; ++i) {
+          Vec& to = late ? part[r] : sum[m][r];
+          to = fma(w[i], load(x + m * width + i * W), to);
+        }
     }
+    if (late && mins)
+#pragma GCC unroll 8
+      for (int i = 0; i < kVecs; ++i) x_sum += load(x + i * W);
   };
   const float* affine = rows.affine(0) + first;
   for (int64_t b = 0; b < weight.blocks; affine += 2 * W) {
+    x_sum = Vec{};
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) decoders[r] = Decoder(affine[r], affine[W + r]);
+    for (int r = 0; r < R; ++r) {
+      part[r] = Vec{};
+      if (!late) decoders[r] = Decoder(affine[r], affine[W + r]);
+    }
     const int64_t end = b + group;
     for (; b < std::min(end, whole_blocks); ++b, x += kBlock) {
       step(codes);
@@ -195,12 +220,20 @@ template <class Decoder, int M, int R, int G>
       const int64_t left = weight.row_bytes - whole_blocks * Decoder::block_bytes;
       uint8_t rest[R][Decoder::block_bytes] = {};
       const uint8_t* from[R];
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) from[r] = static_cast<uint8_t*>(std::memcpy(rest[r], codes[r], left));
       step(from);
       ++b;
     }
+#pragma GCC unroll 4
+    for (int r = 0; late && r < R; ++r) {
+      sum[0][r] = fma(part[r], set(affine[r]), sum[0][r]);
+      if (mins) sum[0][r] = fma(x_sum, set(affine[W + r]), sum[0][r]);
+    }
   }
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) sums[m][first + r] = sum[m][r];
 }
 
@@ -233,11 +266,12 @@ void multiply_few(const float* x, int64_t x_rows, const Weight& weight, const Ep
       const int n = static_cast<int>(std::min<int64_t>(W, end - col));
       const auto tile = [&](int64_t m, auto count) {
         constexpr int M = decltype(count)::value, R = std::min(4, (W >= 16 ? 16 : 8) / M);
+        using D = std::conditional_t<M == 1, typename Decoder::Unscaled, Decoder>;
         Vec sums[M][W];
         const float* from = x + m * weight.width();
         for (int i = 0; i < W; i += R)
-          weight.group_blocks() == 1 ? dots<Decoder, M, R, 1>(from, rows, i, sums)
-                                     : dots<Decoder, M, R, 0>(from, rows, i, sums);
+          weight.group_blocks() == 1 ? dots<D, M, R, 1>(from, rows, i, sums)
+                                     : dots<D, M, R, 0>(from, rows, i, sums);
         for (int i = 0; i < M; ++i) epilogue(m + i, col, sum_of_each(sums[i]), n);
       };
       int64_t m = 0;
@@ -304,7 +338,7 @@ void quant_linear_fwd(Tensor x, Tensor qweight, Tensor scales, Tensor mins, Tens
     };
     weight.with_decoder([&](auto decoder) {
       using Decoder = typename decltype(decoder)::type;
-      if (rows.rows <= quant::kMostRows) {
+      if (rows.rows <= quant::most_rows<T>) {
         const Buffer wide = quant::widened(rows, weight.width());
         return quant::multiply_few<Decoder>(wide.as<float>(), rows.rows, weight, result);
       }

@@ -86,7 +86,7 @@ GEMM_DEPTH = {2: 64, 4: 16}  # of the inner dimension in one step, by bytes of a
 GEMM_GROUP = 8  # row blocks that run together and share columns in the L2 cache
 
 # weights in 8 or 4 bits; by bytes of an element of x, and the depth of a product by whether x has few rows
-QUANT = {2: Tile(128, 64, 8, 2), 4: Tile(64, 32, 4, 2)}
+QUANT = {2: Tile(64, 64, 4, 3), 4: Tile(64, 32, 4, 2)}
 QUANT_FEW = {2: Tile(16, 16, 4, 4), 4: Tile(16, 16, 4, 3)}
 QUANT_ROWS = 16  # at most, few
 QUANT_DEPTH = {(2, False): 64, (4, False): 16, (2, True): 128, (4, True): 32}
