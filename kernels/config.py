@@ -86,10 +86,10 @@ GEMM_DEPTH = {2: 64, 4: 16}  # of the inner dimension in one step, by bytes of a
 GEMM_GROUP = 8  # row blocks that run together and share columns in the L2 cache
 
 # weights in 8 or 4 bits; by bytes of an element of x, and the depth of a product by whether x has few rows
-QUANT = {2: Tile(64, 64, 4, 3), 4: Tile(64, 32, 4, 2)}
+QUANT = {2: Tile(128, 64, 8, 3), 4: Tile(64, 32, 4, 2)}
 QUANT_FEW = {2: Tile(16, 16, 4, 4), 4: Tile(16, 16, 4, 3)}
 QUANT_ROWS = 16  # at most, few
-QUANT_DEPTH = {(2, False): 64, (4, False): 16, (2, True): 128, (4, True): 32}
+QUANT_DEPTH = {(2, False): 32, (4, False): 16, (2, True): 128, (4, True): 32}
 QUANT_DENSE = 512  # elements that one program makes dense
 
 FFN_CHUNK = 8192  # rows whose hidden activations are there together, where they need not be kept

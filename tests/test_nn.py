@@ -332,7 +332,14 @@ BUILD = {
 
 
 def test_build_covers_every_module():
-    elsewhere = {"Embedding", "Dropout", "Softmax", "LogSoftmax", "RotaryEmbedding", "QuantLinear"}  # tests/ops
+    elsewhere = {
+        "Embedding",
+        "Dropout",
+        "Softmax",
+        "LogSoftmax",
+        "RotaryEmbedding",
+        "QuantLinear",
+    }  # tests/ops
     no_modules = {"plain", "KVCache"}
     assert sorted(BUILD) == sorted(set(llmkern.nn.__all__) - elsewhere - no_modules)
 
