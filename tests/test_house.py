@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "llmkern/nn": {"nn", "ops"},
     "llmkern/models": {"models", "nn", "ops"},
     "llmkern/text": {"text", "errors"},
-    "llmkern/train": {"train", "models", "text", "ops", "errors"},
+    "llmkern/train": {"train", "models", "text", "ops", "optim", "errors"},
 }
 
 
