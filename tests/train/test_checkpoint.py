@@ -119,9 +119,9 @@ def test_foreign_folders_and_other_models(tmp_path):
     found = checkpoint.load(_save(tmp_path))
     with pytest.raises(UserError, match=r"wte.weight has shape \(7, 8\), expected \(9, 8\)"):
         found.load_into(GPT(GPTConfig(9, 8, 1, 2, 8)))
-    with pytest.raises(UserError, match="has no transformer.h.1"):
+    with pytest.raises(UserError, match=r"has no transformer.h.1"):
         found.load_into(GPT(GPTConfig(7, 8, 2, 2, 8)))
-    with pytest.raises(UserError, match="transformer.h.0.* is not in this one"):
+    with pytest.raises(UserError, match=r"transformer.h.0.* is not in this one"):
         found.load_into(GPT(GPTConfig(7, 8, 0, 2, 8)))
 
 
