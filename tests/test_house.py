@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "llmkern/nn": {"nn", "ops"},
     "llmkern/models": {"models", "nn", "ops"},
     "llmkern/text": {"text", "errors"},
+    "llmkern/plan": {"plan", "models", "ops", "errors"},
     "llmkern/train": {"train", "models", "text", "ops", "optim", "errors"},
 }
 
