@@ -24,7 +24,7 @@ help:                     ## list the targets
 demo: .venv/installed     ## train a small GPT with and without the kernels, and compare
 	$(BIN)/llmkern demo
 test: .venv/installed     ## every op on every backend that this machine has, and all the rest
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal
 bench: .venv/installed    ## time every op against PyTorch
 	PYTHONSAFEPATH= $(BIN)/python -m benchmarks
 prove: .venv/installed    ## the tests that take minutes

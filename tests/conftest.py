@@ -5,6 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: a thread that waits must not spin
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads OpenMP
+
 import torch
 
 GPU = torch.cuda.is_available()

@@ -86,7 +86,7 @@ def test_norm_residual(norm):
 
 @pytest.mark.parametrize("options", [
     {}, {"reduction": "sum"}, {"reduction": "none", "ignore_index": 2}, {"label_smoothing": 0.1},
-    {"weight": torch.rand(11)},
+    {"weight": torch.linspace(0.1, 1, 11)},
 ], ids=str)  # fmt: skip
 def test_cross_entropy(options):
     loss = llmkern.nn.CrossEntropyLoss(**options)
@@ -99,7 +99,7 @@ def test_cross_entropy(options):
 @pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyLoss"), reason="needs torch 2.13")
 @pytest.mark.parametrize("options", [
     {}, {"bias": True, "reduction": "sum"}, {"reduction": "none", "ignore_index": 2},
-    {"weight": torch.rand(11), "label_smoothing": 0.1}, {"out_features": (2,)},
+    {"weight": torch.linspace(0.1, 1, 11), "label_smoothing": 0.1}, {"out_features": (2,)},
 ], ids=str)  # fmt: skip
 def test_linear_cross_entropy(options):
     loss = llmkern.nn.LinearCrossEntropyLoss(16, 11, **options)
