@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "llmkern/ops": {"ops", "_cpu"},
     "llmkern/nn": {"nn", "ops"},
-    "llmkern/models": {"models", "nn", "ops"},
+    "llmkern/models": {"models", "nn", "ops", "errors"},
     "llmkern/text": {"text", "errors"},
     "llmkern/plan": {"plan", "models", "ops", "errors"},
     "llmkern/train": {"train", "models", "text", "ops", "optim", "errors"},
