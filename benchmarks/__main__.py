@@ -11,9 +11,10 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from llmkern import ceilings, machine
 from llmkern.ops import OPS, FallbackWarning
 
-from . import ceilings, machine, report
+from . import report
 from .measure import Clock, Settings
 from .peers import HALVES, PEERS
 from .suite import cases, run_case

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import machine
+from llmkern import machine
 
 TEST_SECONDS = 190
 BENCHMARK_MINUTES = 3.5  # no case starts later

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from llmkern import _cpu
+from llmkern.ceilings import Bound, Ceilings
 from llmkern.ops import use
 from llmkern.ops.dispatch import tensors
 from llmkern.ops.explain import Choice, Listen
 from llmkern.ops.op import Op, Sample, cost, differentiable
 
-from .ceilings import Bound, Ceilings
 from .measure import Call
 
 PEERS = ("llmkern", "eager", "compile", "reference")

@@ -12,7 +12,8 @@ from typing import Any
 from rich.console import Console, Group
 from rich.table import Table
 
-from .ceilings import Ceilings
+from llmkern.ceilings import Ceilings
+
 from .suite import Row
 
 WIDTH = 170  # of the table where there is no terminal

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import torch
 
+from llmkern.ceilings import Bound, Ceilings, dtype_name
 from llmkern.ops import OPS
 from llmkern.ops.explain import Choice
 from llmkern.ops.op import Make, Op, Sample
 
 from . import peers
-from .ceilings import Bound, Ceilings, dtype_name
 from .measure import Call, Clock, Settings, interleave, iqr, peak_bytes, ratio
 
 

@@ -23,11 +23,12 @@ from rich.console import Console
 from rich.table import Table
 
 import llmkern
+from llmkern import ceilings, machine
+from llmkern.ceilings import dtype_name
 from llmkern.ops import OPS
 from llmkern.ops.op import Make
 
-from . import ceilings, machine, report, step
-from .ceilings import dtype_name
+from . import report, step
 from .measure import Call, Clock, Settings, interleave, ratio
 from .peers import calls
 from .suite import Case, run_case

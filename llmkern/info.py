@@ -4,13 +4,12 @@ import argparse
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, _cpu, display
+from . import __version__, _cpu, display, machine
 from .ops import OPS, implementations
 from .ops.dispatch import BACKENDS
 
@@ -26,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     facts.add_row("torch", torch.__version__)
     facts.add_row("triton", _triton())
     facts.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    facts.add_row("processor", f"{_processor_name()}, {os.cpu_count()} logical cores")
+    facts.add_row("processor", f"{machine.cpu_model()}, {os.cpu_count()} logical cores")
     facts.add_row("threads", str(torch.get_num_threads()))
     facts.add_row("C++ kernels", _cpp())
     facts.add_row("GPU", _gpu())
@@ -52,15 +51,6 @@ def _cpp() -> str:
         return f"none: {why[_cpu.best()]}"
     ready = ", ".join(isa for isa in loaded if isa not in why)
     return "\n".join([f"{_cpu.best()} in use, out of {ready}", *why.values()])
-
-
-def _processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _gpu() -> str:

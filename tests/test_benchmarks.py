@@ -151,8 +151,8 @@ def test_gpu_command_without_gpu(main, capsys):
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_every_op_has_a_bound(op: Op, main):
-    from benchmarks.ceilings import Ceilings
     from benchmarks.peers import examine
+    from llmkern.ceilings import Ceilings
 
     ceilings = Ceilings({"float32": {"fma": 1e11}}, {2**19: {"copy": 1e10}})
     half = "fwd+bwd" if op.gradients else "fwd"

@@ -6,10 +6,9 @@ from types import ModuleType
 
 import torch
 
-from llmkern import _cpu
-from llmkern.ops.op import Cost
-
-from .measure import Call, Clock
+from . import _cpu
+from .clock import Call, Clock
+from .ops.op import Cost
 
 FOOTPRINTS = [2**k for k in range(19, 30)]  # bytes touched: from a core's cache to memory
 MATMUL = {"cpu": 1536, "cuda": 8192}  # side of the square product

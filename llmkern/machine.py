@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-import llmkern
-from llmkern import _cpu
+from . import __version__, _cpu
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,7 +28,7 @@ def describe(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "llmkern": llmkern.__version__,
+        "llmkern": __version__,
         "date": date.today().isoformat(),
         "commit": commit(),
     }
