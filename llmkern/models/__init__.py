@@ -1,20 +1,29 @@
 """Models built from `llmkern.nn`."""
 
 from .build import build, describe
+from .causal import CausalLM
 from .gguf import GGUF, GGUFError
 from .gpt import GPT, GPTConfig
+from .llama import Llama, LlamaConfig
+from .llama_gguf import load_gguf
+from .llama_presets import LLAMA_PRESETS
 from .presets import PRESETS, preset
 from .pretrained import from_pretrained, save_pretrained
 
 __all__ = [
     "GGUF",
     "GPT",
+    "LLAMA_PRESETS",
     "PRESETS",
+    "CausalLM",
     "GGUFError",
     "GPTConfig",
+    "Llama",
+    "LlamaConfig",
     "build",
     "describe",
     "from_pretrained",
+    "load_gguf",
     "preset",
     "save_pretrained",
 ]

@@ -6,8 +6,10 @@ from typing import Any
 from torch import nn
 
 from .gpt import GPT, GPTConfig
+from .llama import Llama, LlamaConfig
 
-KINDS: dict[str, tuple[type[nn.Module], type]] = {"GPT": (GPT, GPTConfig)}  # name -> model, its config
+# name -> model, its config
+KINDS: dict[str, tuple[type[nn.Module], type]] = {"GPT": (GPT, GPTConfig), "Llama": (Llama, LlamaConfig)}
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -20,7 +22,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def build(description: dict[str, Any], kernels: bool = True) -> nn.Module:
-    """A new model of that description, with fresh weights.
+    """A new model of that description, with fresh weights; a GPT without `kernels` is PyTorch alone.
 
     Raises:
         ValueError: an unknown kind.
@@ -28,4 +30,5 @@ def build(description: dict[str, Any], kernels: bool = True) -> nn.Module:
     if description["kind"] not in KINDS:
         raise ValueError(f"build: kind is {description['kind']!r}, expected one of {', '.join(KINDS)}")
     model, config = KINDS[description["kind"]]
-    return model(config(**description["config"]), kernels=kernels)
+    options = {} if kernels else {"kernels": False}
+    return model(config(**description["config"]), **options)

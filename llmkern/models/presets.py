@@ -1,4 +1,4 @@
-"""Published GPT-2 and GPT-3 shapes by name, and two small ones.
+"""Published GPT-2 and GPT-3 shapes by name, and two small ones; `preset` also knows the Llama family's.
 
 GPT-2: Radford et al. 2019, table 2, as released.  GPT-3: Brown et al. 2020, arXiv:2005.14165, table 2.1,
 with all layers dense.  Two entries of that table do not multiply out: 13B prints d_model 5140, where 40
@@ -8,6 +8,8 @@ heads of 128 are 5120; XL prints 24 heads of 128 for d_model 2048, which holds 1
 import dataclasses
 
 from .gpt import GPTConfig
+from .llama import LlamaConfig
+from .llama_presets import LLAMA_PRESETS
 
 
 def _gpt(n_layer: int, n_embd: int, n_head: int, block_size: int, vocab_size: int = 50257) -> GPTConfig:
@@ -32,14 +34,15 @@ PRESETS = {
 }
 
 
-def preset(name: str, **changes: object) -> GPTConfig:
+def preset(name: str, **changes: object) -> GPTConfig | LlamaConfig:
     """The configuration called `name`, with some fields changed.
 
-    Example: `GPT(preset("gpt2", dropout=0.1))`.
+    Examples: `GPT(preset("gpt2", dropout=0.1))`, `Llama(preset("smollm2-135m"))`.
 
     Raises:
         ValueError: an unknown name.
     """
-    if name not in PRESETS:
-        raise ValueError(f"preset: name is {name!r}, expected one of {', '.join(PRESETS)}")
-    return dataclasses.replace(PRESETS[name], **changes)
+    known = {**PRESETS, **LLAMA_PRESETS}
+    if name not in known:
+        raise ValueError(f"preset: name is {name!r}, expected one of {', '.join(known)}")
+    return dataclasses.replace(known[name], **changes)

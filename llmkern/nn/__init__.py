@@ -4,8 +4,9 @@
 LinearCrossEntropyLoss, Embedding, Dropout, Softmax, LogSoftmax` are subclasses of torch's modules of the
 same name, with their arguments, parameters and state_dict keys.
 `CausalSelfAttention, MLP, GatedMLP, Block` are the parts of a GPT; `llmkern.nn.plain` has them in
-PyTorch alone.  `RotaryEmbedding` is what Llama has for positions; `KVCache` keeps the keys and values of
-an attention layer for generation; `QuantLinear` has a weight in 8 or 4 bits.
+PyTorch alone.  `LlamaAttention, LlamaMLP, LlamaBlock` are those of a Llama, `RotaryEmbedding` is what it has
+for positions; `KVCache` keeps the keys and values of an attention layer for generation; `QuantLinear` has a
+weight in 8 or 4 bits.
 """
 
 from . import plain
@@ -16,6 +17,7 @@ from .embedding import Embedding
 from .ffn import MLP, GatedMLP, SequentialFFN
 from .linear import Linear
 from .linear_loss import LinearCrossEntropyLoss
+from .llama import LlamaAttention, LlamaBlock, LlamaMLP
 from .loss import CrossEntropyLoss
 from .norm import LayerNorm, RMSNorm
 from .quant import QuantLinear
@@ -35,6 +37,9 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "LinearCrossEntropyLoss",
+    "LlamaAttention",
+    "LlamaBlock",
+    "LlamaMLP",
     "LogSoftmax",
     "MultiheadAttention",
     "QuantLinear",

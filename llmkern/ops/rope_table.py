@@ -22,7 +22,8 @@ def rope_frequencies(
         dim: how many elements of a head are rotated; even.
         base: theta, so that pair i turns by base^(-2i/dim) radians.
         scaling: as `rope_scaling` (or `rope_parameters`) of a Hugging Face config: None, or a dict whose
-            "rope_type" (or "type") is "default", "linear", "dynamic", "yarn" or "llama3".
+            "rope_type" (or "type") is "default", "linear", "dynamic", "yarn" or "llama3"; or "factors",
+            whose "factors", one a pair, divide the frequencies, as `rope_freqs` of a GGUF file does.
         max_position_embeddings: the context the model was made for; needed by "dynamic", and by "yarn"
             and "llama3" if `scaling` has no "original_max_position_embeddings".
         seq_len: the current length in tokens, for "dynamic"; up to max_position_embeddings it scales nothing.
@@ -133,6 +134,15 @@ def _llama3(dim: int, base: float, scaling: dict, seq_len: int | None) -> tuple[
     return frequencies * (kept + (1 - kept) / factor), 1.0
 
 
+def _factors(dim: int, base: float, scaling: dict, seq_len: int | None) -> tuple[Tensor, float]:
+    factors = torch.tensor(_need(scaling, "factors"), dtype=torch.float64, device="cpu")
+    if factors.shape != (dim // 2,):
+        raise ValueError(
+            f"rope_frequencies: scaling has {factors.numel()} factors, expected {dim // 2}, one a pair"
+        )
+    return _default(dim, base, scaling, seq_len)[0] / factors, 1.0
+
+
 def _original_context(scaling: dict) -> float:
     return scaling.get("original_max_position_embeddings") or _need(scaling, "max_position_embeddings")
 
@@ -149,4 +159,5 @@ _SCALINGS: dict[str, Callable[..., tuple[Tensor, float]]] = {
     "dynamic": _dynamic,
     "yarn": _yarn,
     "llama3": _llama3,
+    "factors": _factors,
 }

@@ -119,6 +119,13 @@ def test_position_out_of_range_is_nan_on_gpus():
     assert y[0, 0, 1].isnan().all() and not y[0, 0, 0].isnan().any()
 
 
+def test_factors_divide_frequencies():
+    """llama.cpp writes Llama 3's scaling as one factor a pair."""
+    plain, _ = ops.rope_frequencies(8)
+    scaled, _ = ops.rope_frequencies(8, scaling={"rope_type": "factors", "factors": [1.0, 2.0, 4.0, 8.0]})
+    assert torch.equal(scaled, plain / torch.tensor([1, 2, 4, 8]))
+
+
 @pytest.mark.parametrize("side", ["start", "end"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_read_or_write_outside(backend: str, device: str, dtype: torch.dtype, side: str, strict):
@@ -169,6 +176,7 @@ BAD = [
     (lambda: ops.rope_frequencies(7), "dim is 7"),
     (lambda: ops.rope_frequencies(8, scaling={"rope_type": "longrope"}), "'longrope'"),
     (lambda: ops.rope_frequencies(8, scaling={"rope_type": "linear"}), "scaling has no 'factor'"),
+    (lambda: ops.rope_frequencies(8, scaling={"rope_type": "factors", "factors": [1]}), "has 1 factors"),
 ]
 
 
