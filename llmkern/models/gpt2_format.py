@@ -78,10 +78,12 @@ def read_tensor(name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
 
 def write_tensors(model: GPT) -> dict[str, Tensor]:
     tensors = dict(model.transformer.state_dict(prefix=PREFIX))
-    for name, weight in list(tensors.items()):
-        bias = name.removesuffix("weight") + "bias"
-        if bias not in tensors and not re.search(r"w[tp]e\.", name):
-            tensors[bias] = weight.new_zeros(weight.shape[0])  # of a GPT without biases
+    if not model.config.bias:
+        tensors |= {
+            name.removesuffix("weight") + "bias": weight.new_zeros(weight.shape[0])
+            for name, weight in tensors.items()
+            if not re.search(r"w[tp]e\.", name)
+        }
     return {name: t.t() if CONV1D.match(name.removeprefix(PREFIX)) else t for name, t in tensors.items()}
 
 
