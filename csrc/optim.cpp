@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "optim_state.h"
 #include "philox.h"
 
 namespace llmkern {
@@ -24,13 +25,14 @@ Vec round_at_random(Vec value, const uint32_t* numbers) {
   return floats((bits(value) + ((noise >> 16) & 0xffff & finite)) & static_cast<int32_t>(0xffff0000));
 }
 
-// A parameter with its states; `largest` and `master` may be null.
+// A parameter with its states, which may begin at element `begin`; `largest` and `master` may be null.
 template <class T, class S>
 struct Parameter {
   T* value;
   const T* grad;
   S *first, *second, *largest;
   float* master;
+  int64_t begin = 0;
 
   // Elements at .. at + n - 1; `row` is the parameter's row of the random numbers.
   void update(int64_t at, int64_t n, const Factors& f, const Random& random, int64_t row) const {
@@ -38,10 +40,10 @@ struct Parameter {
     for (int64_t i = at; i < at + n; i += W) {
       const int k = static_cast<int>(std::min<int64_t>(W, at + n - i));
       const Vec g = load(grad + i, k) * f.grad;
-      const Vec m = load(first + i, k) * f.beta1 + g * f.grad1;
-      Vec v = load(second + i, k) * f.beta2 + g * g * f.grad2;
-      store(first + i, m, k);
-      store(second + i, v, k);
+      const Vec m = load(first + i - begin, k) * f.beta1 + g * f.grad1;
+      Vec v = load(second + i - begin, k) * f.beta2 + g * g * f.grad2;
+      store(first + i - begin, m, k);
+      store(second + i - begin, v, k);
       if (largest) {
         const Vec before = load(largest + i, k);
         v = before > v ? before : v;  // NaN stays
@@ -59,6 +61,27 @@ struct Parameter {
   }
 };
 
+// The same with states in 8 bits; `at` begins a block of them.
+template <class T>
+struct CodedParameter {
+  T* value;
+  const T* grad;
+  uint8_t *first, *second;
+  float *first_scales, *second_scales, *master;
+
+  void update(int64_t at, int64_t n, const Factors& f, const Random& random, int64_t row) const {
+    alignas(64) float m[kStateBlock], v[kStateBlock];
+    for (const int64_t end = at + n; at < end; at += kStateBlock) {
+      const int64_t block = at / kStateBlock, count = std::min(kStateBlock, end - at);
+      StateCodes<true>::decode(first + at, first_scales[block], count, m);
+      StateCodes<false>::decode(second + at, second_scales[block], count, v);
+      Parameter<T, float>{value, grad, m, v, nullptr, master, at}.update(at, count, f, random, row);
+      first_scales[block] = StateCodes<true>::encode(m, count, first + at);
+      second_scales[block] = StateCodes<false>::encode(v, count, second + at);
+    }
+  }
+};
+
 // (tensor, first element) of every chunk
 std::vector<std::pair<size_t, int64_t>> chunks_of(const std::vector<Tensor>& tensors) {
   std::vector<std::pair<size_t, int64_t>> chunks;
@@ -71,7 +94,8 @@ std::vector<std::pair<size_t, int64_t>> chunks_of(const std::vector<Tensor>& ten
 
 void adamw_fwd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
                std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> max_exp_avg_sqs,
-               std::vector<Tensor> masters, Tensor grad_scale, Tensor seed, int64_t step, double lr,
+               std::vector<Tensor> masters, std::vector<Tensor> exp_avg_scales,
+               std::vector<Tensor> exp_avg_sq_scales, Tensor grad_scale, Tensor seed, int64_t step, double lr,
                double beta1, double beta2, double weight_decay, double eps, bool maximize) {
   Factors f;
   f.keep = static_cast<float>(1 - lr * weight_decay);
@@ -88,6 +112,7 @@ void adamw_fwd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vecto
     const int64_t at = chunks[c].second, n = std::min(kChunk, params[i].count() - at);
     with_type(params[i].dtype, [&](auto type) {
       using T = decltype(type);
+      float* master = masters.empty() ? nullptr : masters[i].as<float>();
       const auto update = [&](auto state) {
         using S = decltype(state);
         Parameter<T, S>{params[i].as<T>(),
@@ -95,10 +120,15 @@ void adamw_fwd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vecto
                         exp_avgs[i].as<S>(),
                         exp_avg_sqs[i].as<S>(),
                         max_exp_avg_sqs.empty() ? nullptr : max_exp_avg_sqs[i].as<S>(),
-                        masters.empty() ? nullptr : masters[i].as<float>()}
+                        master}
             .update(at, n, f, random, static_cast<int64_t>(i));
       };
-      if (exp_avgs[i].dtype == DType::f32)
+      if (exp_avgs[i].dtype == DType::u8)
+        CodedParameter<T>{params[i].as<T>(),           grads[i].as<T>(),
+                          exp_avgs[i].as<uint8_t>(),   exp_avg_sqs[i].as<uint8_t>(),
+                          exp_avg_scales[i].as<float>(), exp_avg_sq_scales[i].as<float>(), master}
+            .update(at, n, f, random, static_cast<int64_t>(i));
+      else if (exp_avgs[i].dtype == DType::f32)
         update(0.0f);
       else
         update(T{});

@@ -389,6 +389,27 @@ inline IntVec load_bytes(const uint8_t* p) {
 #endif
 }
 
+// The first n of W bytes, zeros behind them.
+inline IntVec load_bytes(const uint8_t* p, int n) {
+  if (n >= W) return load_bytes(p);
+  uint8_t buffer[W] = {};
+  std::memcpy(buffer, p, n);
+  return load_bytes(buffer);
+}
+
+// table[index] for the low three bits of each lane.
+inline Vec lookup8(const float* table, IntVec index) {
+#if defined(__AVX512F__)
+  return _mm512_permutexvar_ps((__m512i)(index & 7), _mm512_castps256_ps512(_mm256_loadu_ps(table)));
+#elif defined(__AVX2__)
+  return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
+#else
+  Vec v;
+  for (int i = 0; i < W; ++i) v[i] = table[index[i] & 7];
+  return v;
+#endif
+}
+
 // scale · c + offset for the low four bits c of each lane: looked up among all 16, where they fit a vector.
 class Codes {
  public:

@@ -13,21 +13,25 @@ from torch import Tensor
 
 from . import config
 from .launch import launch
+from .optim_state import BLOCK as STATE_BLOCK
+from .optim_state import decoded, encode, values
 from .philox import words
 
 _POINTERS = {
-    torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
+    torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.uint8: tl.uint8,
 }  # fmt: skip
 
 
 def adamw_fwd(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor], masters: list[Tensor], grad_scale: Tensor | None, seed: Tensor | None,
-    step: int, lr: float, beta1: float, beta2: float, weight_decay: float, eps: float, maximize: bool,
+    max_exp_avg_sqs: list[Tensor], masters: list[Tensor], exp_avg_scales: list[Tensor],
+    exp_avg_sq_scales: list[Tensor], grad_scale: Tensor | None, seed: Tensor | None, step: int, lr: float,
+    beta1: float, beta2: float, weight_decay: float, eps: float, maximize: bool,
 ) -> None:  # fmt: skip
-    """Update all but the gradients in place; max_exp_avg_sqs and masters may be empty."""
+    """Update all but the gradients in place; lists behind exp_avg_sqs may be empty."""
     lists = [params, grads, exp_avgs, exp_avg_sqs]
-    lists += [many or params for many in (max_exp_avg_sqs, masters)]
+    lists += [many or params for many in (max_exp_avg_sqs, masters, exp_avg_scales, exp_avg_sq_scales)]
+    codes = values(params[0].device) if exp_avg_scales else None
     for dtype in dict.fromkeys(p.dtype for p in params):
         rows = [i for i, p in enumerate(params) if p.dtype == dtype and p.numel()]
         if not rows:
@@ -35,7 +39,7 @@ def adamw_fwd(
         table, blocks, aligned = _table([[many[i] for i in rows] for many in lists], rows)
         launch(
             _adamw_kernel, params[0], (blocks,),
-            table, len(rows), grad_scale, seed, -1.0 if maximize else 1.0, 1 - lr * weight_decay,
+            table, len(rows), codes, grad_scale, seed, -1.0 if maximize else 1.0, 1 - lr * weight_decay,
             beta1, 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, eps,
             _POINTERS[dtype], _POINTERS[exp_avgs[rows[0]].dtype], bool(max_exp_avg_sqs), bool(masters),
             aligned, config.OPTIM_BLOCK, warps=config.warps(config.OPTIM_BLOCK),
@@ -113,23 +117,34 @@ def _round_at_random(x, seed, row, at):
 
 @triton.jit
 def _adamw_kernel(
-    table, count, grad_scale, seed, sign, keep, beta1, grad1, beta2, grad2, rate, root, eps,
+    table, count, codes, grad_scale, seed, sign, keep, beta1, grad1, beta2, grad2, rate, root, eps,
     P: tl.constexpr, S: tl.constexpr, AMSGRAD: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     tensor, at, inside = _tensor_of(table, count, BLOCK)
     p = _address(table, count, 0, tensor, P, ALIGNED) + at
     g = _address(table, count, 1, tensor, P, ALIGNED) + at
-    m = _address(table, count, 2, tensor, S, ALIGNED) + at
-    v = _address(table, count, 3, tensor, S, ALIGNED) + at
+    m, v = _address(table, count, 2, tensor, S, ALIGNED), _address(table, count, 3, tensor, S, ALIGNED)
+    if codes is not None:
+        m_scales = _address(table, count, 6, tensor, tl.float32, ALIGNED)
+        v_scales = _address(table, count, 7, tensor, tl.float32, ALIGNED)
+        before_m = decoded(m, m_scales, codes, at, inside, True)
+        before_v = decoded(v, v_scales, codes, at, inside, False)
+    else:
+        before_m = tl.load(m + at, mask=inside, other=0.0).to(tl.float32)
+        before_v = tl.load(v + at, mask=inside, other=0.0).to(tl.float32)
     factor = sign
     if grad_scale is not None:
         factor *= tl.load(grad_scale)
     grad = tl.load(g, mask=inside, other=0.0).to(tl.float32) * factor
-    first = tl.load(m, mask=inside, other=0.0).to(tl.float32) * beta1 + grad * grad1
-    second = tl.load(v, mask=inside, other=0.0).to(tl.float32) * beta2 + grad * grad * grad2
-    tl.store(m, first.to(S), mask=inside)
-    tl.store(v, second.to(S), mask=inside)
+    first = before_m * beta1 + grad * grad1
+    second = before_v * beta2 + grad * grad * grad2
+    if codes is not None:
+        encode(first, m, m_scales, at, inside, BLOCK // STATE_BLOCK, True)
+        encode(second, v, v_scales, at, inside, BLOCK // STATE_BLOCK, False)
+    else:
+        tl.store(m + at, first.to(S), mask=inside)
+        tl.store(v + at, second.to(S), mask=inside)
     if AMSGRAD:
         largest = _address(table, count, 4, tensor, S, ALIGNED) + at
         before = tl.load(largest, mask=inside, other=0.0).to(tl.float32)

@@ -8,6 +8,10 @@ from torch import Tensor
 
 from . import ops
 from .ops.dispatch import fall_back
+from .ops.optim_state import dequantize_state, quantize_state
+
+SMALLEST_8BIT = 4096  # elements; a smaller parameter's states stay as they are, as Dettmers et al. do it
+SIGNED = {"exp_avg": True, "exp_avg_sq": False}  # states that have an 8-bit form
 
 
 class AdamW(torch.optim.AdamW):
@@ -26,10 +30,15 @@ class AdamW(torch.optim.AdamW):
         stochastic_rounding: bfloat16 parameters are rounded up or down at random, with the right mean, so
             that steps smaller than their precision are not lost (Zamirai et al. 2020, Revisiting BFloat16
             Training, arXiv:2010.06192, sec. 4).  The random numbers are a function of torch's generator.
+        states_8bit: the moments of parameters of at least 4096 elements take 8 bits each, as codes with a
+            scale for each 256 of them (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization,
+            arXiv:2110.02861): 2.03 bytes a parameter in place of 8.  In `state_dict` they are `exp_avg` and
+            `exp_avg_sq` in uint8, `exp_avg_scale` and `exp_avg_sq_scale`; states are converted when they are
+            loaded by an optimizer that keeps them in the other way.  Not with amsgrad.
 
-    With either of the last two the moments are float32, as `state_dict` shows.  Where a group has
-    capturable or differentiable, a scaler left its found_inf, or a parameter is complex, not contiguous or
-    has a sparse gradient, torch's own step runs and says so.
+    With any of the last three, moments that are not in 8 bits are float32, as `state_dict` shows.  Where a
+    group has capturable or differentiable, a scaler left its found_inf, or a parameter is complex, not
+    contiguous or has a sparse gradient, torch's own step runs and says so.
 
     Source: Loshchilov, Hutter 2019, Decoupled Weight Decay Regularization, arXiv:1711.05101.
     """
@@ -51,11 +60,14 @@ class AdamW(torch.optim.AdamW):
         max_norm: float | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
+        states_8bit: bool = False,
     ) -> None:
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"AdamW: max_norm is {max_norm}, expected a positive number or None")
         if master_weights and stochastic_rounding:
             raise ValueError("AdamW: master_weights and stochastic_rounding are both True, expected one")
+        if states_8bit and amsgrad:
+            raise ValueError("AdamW: states_8bit and amsgrad are both True, expected one")
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad,
             maximize=maximize, foreach=foreach, capturable=capturable, differentiable=differentiable,
@@ -63,16 +75,17 @@ class AdamW(torch.optim.AdamW):
         )  # fmt: skip
         self.max_norm = max_norm
         self.master_weights, self.stochastic_rounding = master_weights, stochastic_rounding
+        self.states_8bit = states_8bit
         self.grad_norm: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure=None) -> Tensor | None:
         """One step; `closure` evaluates the loss again and is called with gradients enabled."""
         if reason := self._why_torch():
-            if self.max_norm is not None or self.master_weights or self.stochastic_rounding:
+            if self.max_norm is not None or self._own_states():
                 raise ValueError(
-                    f"AdamW: {reason}, expected none of this with max_norm, master_weights or "
-                    "stochastic_rounding"
+                    f"AdamW: {reason}, expected none of this with max_norm, master_weights, "
+                    "stochastic_rounding or states_8bit"
                 )
             fall_back("AdamW", reason)
             return _torch_step(self, closure)
@@ -86,16 +99,38 @@ class AdamW(torch.optim.AdamW):
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As torch, which casts states to the dtype of their parameter: here float32 stays float32."""
+        """As torch, which casts states to the dtype of their parameter: here they stay what they are.
+
+        Moments in 8 bits become numbers where this optimizer does not want them so, and the other way.
+        """
         super().load_state_dict(state_dict)
-        if not (self.master_weights or self.stochastic_rounding):
-            return
         order = [i for group in state_dict["param_groups"] for i in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(order, parameters):
-            for name, value in state_dict["state"].get(i, {}).items():
-                if name != "step" and isinstance(value, Tensor):
-                    self.state[p][name] = value.to(p.device, torch.float32, copy=True)
+            given = state_dict["state"].get(i, {})
+            if self._own_states() or "exp_avg_scale" in given:
+                self._adopt(p, {n: t for n, t in given.items() if n != "step" and isinstance(t, Tensor)})
+
+    def _own_states(self) -> bool:
+        return self.master_weights or self.stochastic_rounding or self.states_8bit
+
+    def _adopt(self, p: Tensor, given: dict[str, Tensor]) -> None:
+        """Take over loaded states in the form that this optimizer keeps."""
+        given = {name: t.to(p.device, copy=True) for name, t in given.items()}
+        for name, signed in SIGNED.items():
+            if (scale := given.pop(f"{name}_scale", None)) is not None:
+                given[name] = dequantize_state(given[name], scale, signed)
+        given = {name: t.to(self._dtype(p)) for name, t in given.items()}
+        if self._coded(p):
+            _encode(given)
+        self.state[p] = {"step": self.state[p]["step"], **given}
+
+    def _dtype(self, p: Tensor) -> torch.dtype:
+        """Of states that are numbers."""
+        return torch.float32 if self._own_states() and p.dtype.itemsize < 4 else p.dtype
+
+    def _coded(self, p: Tensor) -> bool:
+        return self.states_8bit and p.numel() >= SMALLEST_8BIT
 
     def _why_torch(self) -> str | None:
         if getattr(self, "found_inf", None) is not None:
@@ -133,16 +168,18 @@ class AdamW(torch.optim.AdamW):
         beta1, beta2 = group["betas"]
         for (step, device, dtype, _), params in together.items():
             states = [self.state[p] for p in params]
-            masters = "master" in states[0]
+            kept = {name: [s[name] for s in states] for name in states[0] if name != "step"}
             random = self.stochastic_rounding and dtype == torch.bfloat16
             ops.adamw(
                 [p.detach() for p in params],
                 [p.grad for p in params],
-                [s["exp_avg"] for s in states],
-                [s["exp_avg_sq"] for s in states],
+                kept["exp_avg"],
+                kept["exp_avg_sq"],
                 step, float(group["lr"]), beta1, beta2, group["weight_decay"], group["eps"],
-                max_exp_avg_sqs=[s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else None,
-                masters=[s["master"] for s in states] if masters else None,
+                max_exp_avg_sqs=kept.get("max_exp_avg_sq") if group["amsgrad"] else None,
+                masters=kept.get("master"),
+                exp_avg_scales=kept.get("exp_avg_scale"),
+                exp_avg_sq_scales=kept.get("exp_avg_sq_scale"),
                 grad_scale=scale,
                 seed=torch.randint(2**63 - 1, (), device=device) if random else None,
                 maximize=group["maximize"],
@@ -151,13 +188,20 @@ class AdamW(torch.optim.AdamW):
 
     def _start(self, p: Tensor, amsgrad: bool, state: dict) -> None:
         """A new parameter's state, with torch's names."""
-        wide = (self.master_weights or self.stochastic_rounding) and p.dtype.itemsize < 4
-        dtype = torch.float32 if wide else p.dtype
+        dtype = self._dtype(p)
         state["step"] = torch.tensor(0.0)
         for name in ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ())):
             state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
-        if self.master_weights and wide:
+        if self._coded(p):
+            _encode(state)
+        if self.master_weights and p.dtype.itemsize < 4:
             state["master"] = p.detach().float()
+
+
+def _encode(state: dict[str, Tensor]) -> None:
+    """Moments to 8 bits."""
+    for name, signed in SIGNED.items():
+        state[name], state[f"{name}_scale"] = quantize_state(state[name], signed)
 
 
 def _torch_step(optimizer: AdamW, closure) -> Tensor | None:

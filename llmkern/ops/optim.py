@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import philox
 from .op import Op, Sample, opmath, register
+from .optim_state import blocks, dequantize_state, quantize_state
 
 
 def adamw(
@@ -12,6 +13,7 @@ def adamw(
     step: int, lr: float = 1e-3, beta1: float = 0.9, beta2: float = 0.999,
     weight_decay: float = 1e-2, eps: float = 1e-8, *,
     max_exp_avg_sqs: list[Tensor] | None = None, masters: list[Tensor] | None = None,
+    exp_avg_scales: list[Tensor] | None = None, exp_avg_sq_scales: list[Tensor] | None = None,
     grad_scale: Tensor | None = None, seed: Tensor | None = None, maximize: bool = False,
 ) -> None:  # fmt: skip
     """One AdamW step, in place; weight decay comes before the update, as in `torch.optim.AdamW`.
@@ -19,11 +21,13 @@ def adamw(
     Args:
         params: any shapes; float32, bfloat16, float16 or float64; written to.
         grads: for each parameter one of its shape and dtype.
-        exp_avgs, exp_avg_sqs: for each parameter one of its shape, all of the parameters' dtype or all
-            float32; written to.
+        exp_avgs, exp_avg_sqs: for each parameter one of its shape, all of the parameters' dtype, all
+            float32, or all uint8, as `quantize_state` makes them; written to.
         step: number of this step, from 1.
         max_exp_avg_sqs: like exp_avg_sqs, written to: AMSGrad.
         masters: for each parameter its value in float32; written to, and the parameter is it rounded.
+        exp_avg_scales, exp_avg_sq_scales: for uint8 states the scales of their blocks of 256 elements,
+            float32; written to.
         grad_scale: float32, one element: a factor of all gradients, such as that of clipping.
         seed: int64, one element: bfloat16 parameters are rounded up or down at random, with the
             probabilities that make the mean right (stochastic rounding); else to nearest.
@@ -32,15 +36,16 @@ def adamw(
     Raises:
         ValueError: lists that do not match, or a tensor that is written to and not contiguous.
     """
-    max_exp_avg_sqs, masters = max_exp_avg_sqs or [], masters or []
-    _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters)
+    optional = max_exp_avg_sqs, masters, exp_avg_scales, exp_avg_sq_scales
+    optional = tuple(many or [] for many in optional)
+    _check(params, grads, exp_avgs, exp_avg_sqs, *optional)
     if step < 1:
         raise ValueError(f"adamw: step is {step}, expected at least 1")
     if seed is not None and any(p.dtype != torch.bfloat16 for p in params):
         raise ValueError("adamw: seed is given and a parameter is not bfloat16, expected bfloat16 parameters")
     if params:
         ADAMW.apply(
-            params, [g.contiguous() for g in grads], exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters,
+            params, [g.contiguous() for g in grads], exp_avgs, exp_avg_sqs, *optional,
             grad_scale, seed, step, lr, beta1, beta2, weight_decay, eps, maximize,
         )  # fmt: skip
 
@@ -69,28 +74,35 @@ def _one_device(op: str, tensors: list[Tensor]) -> None:
         raise ValueError(f"{op}: tensors are on {', '.join(sorted(map(str, devices)))}, expected one device")
 
 
-def _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters) -> None:
+def _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, exp_avg_scales, exp_avg_sq_scales):
+    states = exp_avgs[0].dtype if exp_avgs else None
+    coded = states == torch.uint8
     lists = {
         "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": max_exp_avg_sqs,
-        "masters": masters,
+        "masters": masters, "exp_avg_scales": exp_avg_scales, "exp_avg_sq_scales": exp_avg_sq_scales,
     }  # fmt: skip
-    states = exp_avgs[0].dtype if exp_avgs else None
     for name, many in lists.items():
-        if name in ("max_exp_avg_sqs", "masters") and not many:
+        scales = name.endswith("scales")
+        if not many and (name in ("max_exp_avg_sqs", "masters") or (scales and not coded)):
             continue
         if len(many) != len(params):
             raise ValueError(f"adamw: {name} has {len(many)} tensors, expected {len(params)} as params")
         for p, t in zip(params, many):
-            expected = {"grads": p.dtype, "masters": opmath(p.dtype)}.get(name, states)
-            if t.shape != p.shape or t.dtype != expected:
+            f = opmath(p.dtype)
+            dtype = f if scales or name == "masters" else p.dtype if name == "grads" else states
+            shape = (blocks(p),) if scales else tuple(p.shape)
+            if tuple(t.shape) != shape or t.dtype != dtype:
                 raise ValueError(
                     f"adamw: {name} has {t.dtype} of shape {tuple(t.shape)}, "
-                    f"expected {expected} of shape {tuple(p.shape)}"
+                    f"expected {dtype} of shape {shape}"
                 )
-    if any(states not in (p.dtype, torch.float32) for p in params):
-        raise ValueError(f"adamw: exp_avgs has {states}, expected the parameters' dtype or torch.float32")
-    written = (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters)
-    if not all(t.is_contiguous() for many in written for t in many):
+    if any(states not in (p.dtype, torch.float32, torch.uint8) for p in params):
+        raise ValueError(
+            f"adamw: exp_avgs has {states}, expected the parameters' dtype, torch.float32 or torch.uint8"
+        )
+    if coded and max_exp_avg_sqs:
+        raise ValueError("adamw: max_exp_avg_sqs is given with states in 8 bits, expected none")
+    if not all(t.is_contiguous() for many in (params, *lists.values()) if many is not grads for t in many):
         raise ValueError("adamw: params, exp_avgs or exp_avg_sqs has strides, expected contiguous tensors")
     _one_device("adamw", [*params, *grads, *exp_avgs])
 
@@ -99,36 +111,44 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters) -> No
 class ADAMW(Op):
     """p = (1 - lr weight_decay) p - lr m̂ / (sqrt(v̂) + eps),  m̂ = m / (1 - beta1^t),  v̂ = v / (1 - beta2^t)
 
-    m and v are the running means of g and g².
+    m and v are the running means of g and g², in 8 bits too: a step reads them from their codes, and rounds
+    the new ones to codes after the parameter has been moved by them.
     """
 
     name = "adamw"
     family = "optim"
     source = (
         "Loshchilov, Hutter 2019, Decoupled Weight Decay Regularization, arXiv:1711.05101, alg. 2; Reddi et "
-        "al. 2018, On the Convergence of Adam and Beyond, arXiv:1904.09237, alg. 2"
+        "al. 2018, On the Convergence of Adam and Beyond, arXiv:1904.09237, alg. 2; Dettmers et al. 2022, "
+        "8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861, sec. 2"
     )
     constant = (
-        "params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "masters", "grad_scale"
+        "params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "masters", "exp_avg_scales",
+        "exp_avg_sq_scales", "grad_scale",
     )  # fmt: skip
-    mutates = ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "masters")
+    mutates = (
+        "params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "masters", "exp_avg_scales",
+        "exp_avg_sq_scales",
+    )  # fmt: skip
     public = staticmethod(adamw)
 
     @staticmethod
     def reference(
         params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
-        max_exp_avg_sqs: list[Tensor], masters: list[Tensor], grad_scale: Tensor | None, seed: Tensor | None,
-        step: int, lr: float, beta1: float, beta2: float, weight_decay: float, eps: float, maximize: bool,
+        max_exp_avg_sqs: list[Tensor], masters: list[Tensor], exp_avg_scales: list[Tensor],
+        exp_avg_sq_scales: list[Tensor], grad_scale: Tensor | None, seed: Tensor | None, step: int, lr: float,
+        beta1: float, beta2: float, weight_decay: float, eps: float, maximize: bool,
     ) -> None:  # fmt: skip
-        for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
+        scales = exp_avg_scales, exp_avg_sq_scales
+        moments = _moments(exp_avgs, exp_avg_sqs, *scales)
+        for i, (p, g, m, v) in enumerate(zip(params, grads, *moments)):
             f = opmath(p.dtype)
             grad = g.to(f) * (-1 if maximize else 1)
             if grad_scale is not None:
                 grad = grad * grad_scale.to(f)
             first = m.to(f) * beta1 + grad * (1 - beta1)
             second = v.to(f) * beta2 + grad.square() * (1 - beta2)
-            m.copy_(first)
-            v.copy_(second)
+            _keep(first, second, exp_avgs[i], exp_avg_sqs[i], *(many[i] for many in scales if many))
             if max_exp_avg_sqs:
                 second = torch.maximum(max_exp_avg_sqs[i].to(f), second)
                 max_exp_avg_sqs[i].copy_(second)
@@ -151,8 +171,11 @@ class ADAMW(Op):
     def eager(
         params, grads, exp_avgs, exp_avg_sqs, step,
         lr=1e-3, beta1=0.9, beta2=0.999, weight_decay=1e-2, eps=1e-8, *,
-        max_exp_avg_sqs=None, masters=None, grad_scale=None, seed=None, maximize=False,
+        max_exp_avg_sqs=None, masters=None, exp_avg_scales=None, exp_avg_sq_scales=None, grad_scale=None,
+        seed=None, maximize=False,
     ):  # fmt: skip
+        codes = exp_avgs, exp_avg_sqs
+        exp_avgs, exp_avg_sqs = _moments(*codes, exp_avg_scales, exp_avg_sq_scales)
         steps = [torch.tensor(float(step - 1)) for _ in params]
         if grad_scale is not None:
             grads = [(g * grad_scale).to(g.dtype) for g in grads]
@@ -166,6 +189,9 @@ class ADAMW(Op):
         for i, (p, value) in enumerate(zip(params, values)):
             if p is not value:
                 p.copy_(value if seed is None else _round_at_random(value, seed, i))
+        if exp_avg_scales:
+            for kept in zip(exp_avgs, exp_avg_sqs, *codes, exp_avg_scales, exp_avg_sq_scales):
+                _keep(*kept)
 
     @staticmethod
     def samples(make):
@@ -186,6 +212,10 @@ class ADAMW(Op):
         yield Sample(
             "masters", tuple([t.clone() for t in many] for many in (p, g, m, v)), {"step": 3, **masters}
         )
+        for sizes in ((40,), (256, 0, 1), (300, 3000)):
+            yield _coded(f"8 bits, {sizes}", _lists(make, *sizes))
+        yield _coded("8 bits, masters", _lists(make, 33, 700), masters=True)
+        yield _coded("8 bits, zeros", tuple([0 * t for t in many] for many in _lists(make, 300)))
 
     @staticmethod
     def benchmarks(make):
@@ -198,6 +228,7 @@ class ADAMW(Op):
         m, v = [t.float() for t in m], [t.float() for t in v]
         options = {"max_exp_avg_sqs": [t.clone() for t in v], "masters": [t.float() for t in p]}
         yield Sample("all", (p, g, m, v), {"step": 3, "grad_scale": make(1).float().view(()), **options})
+        yield _coded("8 bits", _lists(make, 4096, 4096), masters=True)
         if make.dtype == torch.bfloat16:
             seed = torch.tensor(5, device=make.device)
             yield Sample("rounded at random", (p, g, m, v), {"step": 3, "seed": seed})
@@ -246,6 +277,44 @@ class GRAD_NORM(Op):
 def _lists(make, *sizes: int) -> tuple[list[Tensor], ...]:
     p, g, m, v = ([make(n) for n in sizes] for _ in range(4))
     return p, g, m, [t.square() for t in v]
+
+
+def _coded(label: str, lists: tuple[list[Tensor], ...], masters: bool = False) -> Sample:
+    """A sample with states in 8 bits."""
+    p, g, m, v = lists
+    (m, m_scales), (v, v_scales) = (
+        [list(each) for each in zip(*(quantize_state(t, signed) for t in many))]
+        for many, signed in ((m, True), (v, False))
+    )
+    kwargs = {"step": 3, "exp_avg_scales": m_scales, "exp_avg_sq_scales": v_scales}
+    if masters:
+        kwargs["masters"] = [t.to(opmath(t.dtype)) for t in p]
+    return Sample(label, (p, g, m, v), kwargs)
+
+
+def _moments(exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales) -> tuple[list[Tensor], list[Tensor]]:
+    """The moments as numbers: themselves, unless they are codes."""
+    if not exp_avg_scales:
+        return exp_avgs, exp_avg_sqs
+    return (
+        [dequantize_state(*each, signed=True) for each in zip(exp_avgs, exp_avg_scales)],
+        [dequantize_state(*each, signed=False) for each in zip(exp_avg_sqs, exp_avg_sq_scales)],
+    )
+
+
+def _keep(first, second, exp_avg, exp_avg_sq, *scales) -> None:
+    """Write new moments where they are kept: as numbers, or with scales as codes."""
+    if not scales:
+        exp_avg.copy_(first)
+        exp_avg_sq.copy_(second)
+        return
+    for new, codes, scale, signed in (
+        (first, exp_avg, scales[0], True),
+        (second, exp_avg_sq, scales[1], False),
+    ):
+        new_codes, new_scale = quantize_state(new, signed)
+        codes.copy_(new_codes)
+        scale.copy_(new_scale)
 
 
 def _round_at_random(x: Tensor, seed: Tensor, row: int) -> Tensor:
