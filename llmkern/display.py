@@ -6,7 +6,15 @@ from contextlib import contextmanager
 from statistics import median
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from .compare import Comparison
@@ -54,6 +62,15 @@ def progress(console: Console, steps: int) -> Iterator[Update]:
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=steps)
         yield lambda plain, swapped: bar.update(task, advance=1, description=describe(plain, swapped))
+
+
+@contextmanager
+def counting(console: Console, unit: str) -> Iterator[Callable[[str, int], None]]:
+    """Inside the block, call the given function with what is being done and how many are."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda stage, done: bar.update(task, description=f"{stage}: {done:,} {unit}")
 
 
 def _print_lines(console: Console, steps: int, describe: Callable[[Record, Record], str]) -> Update:

@@ -18,9 +18,9 @@ MAY_IMPORT = {
     "llmkern/ops": {"ops", "_cpu"},
     "llmkern/nn": {"nn", "ops"},
     "llmkern/models": {"models", "nn", "ops", "errors"},
-    "llmkern/text": {"text", "errors"},
+    "llmkern/text": {"text", "durable", "errors"},
     "llmkern/plan": {"plan", "models", "ops", "errors"},
-    "llmkern/train": {"train", "models", "text", "ops", "optim", "errors"},
+    "llmkern/train": {"train", "models", "text", "ops", "optim", "durable", "errors"},
 }
 
 
@@ -49,6 +49,8 @@ def test_imports_go_down(room: str):
     for path in sorted((ROOT / room).glob("*.py")):
         if room == "kernels":
             assert "llmkern" not in path.read_text().replace("`llmkern", ""), path.name
+            continue
+        if path.name == "command.py":  # of `llmkern ROOM`, which may show and call everything
             continue
         up = imported_rooms(path, room) - MAY_IMPORT[room]
         assert not up, f"{room}/{path.name} imports {', '.join(sorted(up))}"

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import durable
+from ..durable import Damaged
 from ..errors import UserError
 from ..models.build import build, describe
 from ..text.tokenizer import Tokenizer, load_tokenizer
-from . import durable
-from .durable import Damaged
 from .tensors import fill_module, module_tensors, optimizer_state, read_safetensors, safetensors_pieces
 
 FOLDER = "checkpoints"

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..durable import Damaged
 from ..errors import UserError
-from .durable import Damaged
 
 DTYPES = {
     torch.float64: "F64",

@@ -8,11 +8,12 @@ import shutil
 import pytest
 import torch
 
+from llmkern import durable
 from llmkern.errors import UserError
 from llmkern.models import GPT, GPTConfig
 from llmkern.optim import AdamW
 from llmkern.text import CharTokenizer
-from llmkern.train import checkpoint, durable
+from llmkern.train import checkpoint
 from llmkern.train.tensors import fill_optimizer
 
 CONFIG = GPTConfig(vocab_size=7, block_size=8, n_layer=1, n_head=2, n_embd=8)

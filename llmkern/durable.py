@@ -9,8 +9,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 MANIFEST = "manifest.json"
 PIECE = 2**20  # bytes in one write
@@ -27,10 +29,14 @@ class NewFolder:
             folder.write("weights.bin", [b"...", b"..."])
 
     An exception in the block leaves nothing behind.  What a killed process left is named `.*.part`.
+
+    Attributes:
+        about: more fields of the manifest, plain values.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.part = path, path.with_name(f".{path.name}.part")
+        self.about: dict[str, Any] = {}
         self.files: dict[str, dict[str, int | str]] = {}
 
     def __enter__(self) -> "NewFolder":
@@ -38,57 +44,65 @@ class NewFolder:
         os.makedirs(self.part)
         return self
 
+    @contextmanager
+    def file(self, name: str) -> Iterator["NewFile"]:
+        """A new file in it; its size and sha256 are remembered."""
+        with NewFile(self.part / name) as file:
+            yield file
+        self.files[name] = {"bytes": file.size, "sha256": file.digest.hexdigest()}
+
     def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
-        """Write the file `name`, and remember its size and sha256."""
-        digest, size = hashlib.sha256(), 0
-        with _create(self.part / name) as fd:
+        """Write the file `name`."""
+        with self.file(name) as file:
             for piece in pieces:
-                view = memoryview(piece).cast("B")
-                digest.update(view)
-                size += len(view)
-                _write_all(fd.number, view)
-        self.files[name] = {"bytes": size, "sha256": digest.hexdigest()}
+                file.write(piece)
 
     def __exit__(self, kind, error, trace) -> None:
         try:
             if kind is None:
-                files = dict(self.files)
-                self.write(MANIFEST, [json.dumps({"files": files}, indent=1).encode()])
+                self.write(MANIFEST, [json.dumps({**self.about, "files": self.files}, indent=1).encode()])
                 sync(self.part)
                 rename(self.part, self.path)
         finally:
             shutil.rmtree(self.part, ignore_errors=True)
 
 
-class _create:
-    """A new file, synced to the disk when the block ends well."""
+class NewFile:
+    """A file that is written from its start, and synced to the disk when the block ends well.
+
+    Attributes:
+        size, digest: of what was written so far.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self.size, self.digest = 0, hashlib.sha256()
 
-    def __enter__(self) -> "_create":
+    def __enter__(self) -> "NewFile":
         return self
+
+    def write(self, piece: bytes | memoryview) -> None:
+        view = memoryview(piece).cast("B")
+        self.digest.update(view)
+        self.size += len(view)
+        start = 0
+        while start < len(view):
+            start += os.write(self.fd, view[start : start + PIECE])  # may write less than it was given
 
     def __exit__(self, kind, error, trace) -> None:
         try:
             if kind is None:
-                os.fsync(self.number)
+                os.fsync(self.fd)
         finally:
-            os.close(self.number)
-
-
-def _write_all(fd: int, view: memoryview) -> None:
-    start = 0
-    while start < len(view):
-        start += os.write(fd, view[start : start + PIECE])  # may write less than it was given
+            os.close(self.fd)
 
 
 def write_file(path: Path, data: bytes) -> None:
     """Replace the file `path` by one with `data`: a reader sees the old one or the new one."""
     part = path.with_name(f".{path.name}.part")
     try:
-        with _create(part) as fd:
-            _write_all(fd.number, memoryview(data))
+        with NewFile(part) as file:
+            file.write(data)
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
@@ -125,32 +139,46 @@ def sync(folder: Path) -> None:
         os.close(fd)
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder; its "files" are name -> {"bytes", "sha256"}.
+
+    Raises:
+        Damaged: there is none.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest["files"] = {
+            name: {"bytes": about["bytes"], "sha256": about["sha256"]}
+            for name, about in manifest["files"].items()
+        }
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise Damaged(f"{MANIFEST} is missing or not readable") from None
+
+
 def verify(folder: Path) -> None:
     """Compare every file with the manifest.
 
     Raises:
         Damaged: a file is missing, or of another size or content.
     """
-    try:
-        files = json.loads((folder / MANIFEST).read_bytes())["files"]
-        expected = {name: (about["bytes"], about["sha256"]) for name, about in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise Damaged(f"{MANIFEST} is missing or not readable") from None
+    expected = read_manifest(folder)["files"]
     there = {path.name for path in folder.iterdir()} - {MANIFEST}
     if there != set(expected):
         names = ", ".join(sorted(there ^ set(expected)))
         raise Damaged(f"its files are not those of {MANIFEST} ({names})")
-    for name, (size, sha256) in expected.items():
-        path = folder / name
+    for name, about in expected.items():
+        path, size = folder / name, about["bytes"]
         if path.stat().st_size != size:
             raise Damaged(f"{name} has {path.stat().st_size:,} bytes, expected {size:,}")
-        with path.open("rb") as file:
-            if _digest(file) != sha256:
-                raise Damaged(f"{name} has another sha256 than {MANIFEST} says")
+        if sha256(path) != about["sha256"]:
+            raise Damaged(f"{name} has another sha256 than {MANIFEST} says")
 
 
-def _digest(file) -> str:
+def sha256(path: Path) -> str:
+    """The checksum of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
-    while piece := file.read(PIECE):
-        digest.update(piece)
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
     return digest.hexdigest()
