@@ -83,8 +83,7 @@ class CausalLM(nn.Module):
         for _ in range(max_new_tokens):
             if idx.shape[1] > self.config.block_size:  # all positions move
                 caches, new = None, idx[:, -self.config.block_size :]
-            last = self.hidden(new, caches)[:, -1]  # (B, C)
-            logits = self.lm_head(last).float()  # (B, V)
+            logits = self.next_logits(new, caches)  # (B, V)
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)  # (B, 1)
             else:
@@ -93,6 +92,10 @@ class CausalLM(nn.Module):
             idx = torch.cat((idx, token), dim=1)
             new = idx if caches is None else token
         return idx
+
+    def next_logits(self, idx: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        """Logits of the token after (B, T) ids, which follow those in `caches`; (B, V) float32."""
+        return self.lm_head(self.hidden(idx, caches)[:, -1]).float()
 
     def _caches_to_generate(self, idx: Tensor, max_new_tokens: int) -> list[KVCache] | None:
         """Caches for the prompt and the new tokens; None where the model cannot use them now."""
