@@ -8,6 +8,7 @@ from torch import nn
 
 import llmkern
 from llmkern.models import GPT, PRESETS, GPTConfig, preset
+from llmkern.ops.dispatch import record
 
 # GPT-2: as released.  GPT-3: Brown et al. 2020, table D.1, to the digits printed there.
 PUBLISHED = {
@@ -47,6 +48,37 @@ def test_presets():
     assert preset("gpt2", dropout=0.1) == GPTConfig(dropout=0.1)
     with pytest.raises(ValueError, match="'gpt5', expected one of nano"):
         preset("gpt5")
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_the_loss_alone(kernels: bool):
+    """Loss and gradients of both ways are the same; on the kernels one op makes them, swapped or not."""
+    model = GPT(TINY, kernels)
+    idx, targets = torch.randint(17, (2, 3, 8))
+    targets[0, 3] = -100
+    for swapped in (kernels, not kernels):
+        found = []
+        for return_logits in (True, False):
+            model.zero_grad()
+            with record() as calls:
+                logits, loss = model(idx, targets, return_logits=return_logits)
+                loss.backward()
+            assert (logits is None) == (not return_logits)
+            fused = any(half.startswith("linear_cross_entropy") for half, _ in calls)
+            assert fused == (swapped and not return_logits)
+            found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+        for a, b in zip(*found):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        llmkern.restore_(model) if swapped else llmkern.swap_(model)
+    with pytest.raises(ValueError, match="return_logits is False and targets is None"):
+        model(idx, return_logits=False)
+
+
+def test_the_loss_alone_with_a_hook_on_the_head():
+    model, seen = GPT(TINY), []
+    model.lm_head.register_forward_hook(lambda *args: seen.append(args[2].shape))
+    model(*torch.randint(17, (2, 3, 8)), return_logits=False)
+    assert seen == [(3, 8, 17)]
 
 
 def test_kernels_and_plain_are_one_model():

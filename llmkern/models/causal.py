@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import KVCache
+from ..nn.linear_loss import head_loss
 
 
 class CausalLM(nn.Module):
@@ -29,20 +30,31 @@ class CausalLM(nn.Module):
         """An empty `KVCache` for each block; options dtype and page_size, by default the model's dtype."""
         raise NotImplementedError
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, *, return_logits: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Logits of the next token at every position, and their loss.
 
         Args:
             idx: (B, T) token ids; T up to block_size.
             targets: (B, T) the tokens to predict; -100 is ignored.
+            return_logits: False, with targets, gives the loss alone: on llmkern's kernels the logits are
+                then never whole in memory, which is what training wants.
 
         Returns:
-            (logits, loss): (B, T, V), and the mean cross-entropy in nats, or None without targets.
+            (logits, loss): (B, T, V) or None, and the mean cross-entropy in nats, or None without targets.
 
         Raises:
-            ValueError: idx of another shape or dtype, or too long.
+            ValueError: idx of another shape or dtype, or too long; or neither logits nor loss wanted.
         """
-        logits = self.lm_head(self.hidden(idx))  # (B, T, V)
+        if not return_logits and targets is None:
+            raise ValueError(
+                f"{type(self).__name__}: return_logits is False and targets is None, expected one of them"
+            )
+        hidden = self.hidden(idx)
+        if not return_logits:
+            return None, head_loss(self.lm_head, self.loss, hidden, targets)
+        logits = self.lm_head(hidden)  # (B, T, V)
         if targets is None:
             return logits, None
         return logits, self.loss(logits.flatten(0, 1), targets.flatten())

@@ -1,10 +1,12 @@
-"""LinearCrossEntropyLoss."""
+"""LinearCrossEntropyLoss, and the loss of a model's head."""
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..ops.dispatch import fall_back
+from .linear import Linear
+from .loss import CrossEntropyLoss
 
 IN_TORCH = hasattr(nn, "LinearCrossEntropyLoss")  # from 2.13 on
 
@@ -70,3 +72,29 @@ class LinearCrossEntropyLoss(nn.LinearCrossEntropyLoss if IN_TORCH else _LinearC
         if target.dtype != torch.int64:
             return f"the target is {target.dtype}, not torch.int64 class indices"
         return None
+
+
+def head_loss(head: nn.Module, loss: nn.Module, hidden: Tensor, target: Tensor) -> Tensor:
+    """loss(head(hidden), target); the logits are never whole in memory where `loss` is on llmkern's kernels.
+
+    That takes a `head` that is a plain Linear and modules without forward hooks; else the modules run one
+    after the other.
+
+    Args:
+        hidden: (*, D).
+        target: (*), class indices.
+    """
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (head, loss))
+    fuses = type(head) in (nn.Linear, Linear) and type(loss) is CrossEntropyLoss and not hooked
+    if not fuses or target.dtype != torch.int64:
+        return loss(head(hidden).flatten(0, -2), target.flatten())
+    return ops.linear_cross_entropy(
+        hidden,
+        head.weight,
+        target,
+        linear_bias=head.bias,
+        weight=loss.weight,
+        reduction=loss.reduction,
+        ignore_index=loss.ignore_index,
+        label_smoothing=loss.label_smoothing,
+    )
