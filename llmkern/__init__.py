@@ -4,12 +4,14 @@ from . import models, nn, ops, optim
 from .ops import empty_cache, set_fallback, use
 from .ops.explain import explain
 from .quantize import Int4WeightOnly, Int8WeightOnly, quantize_
-from .swap import restore_, swap_, swapped
+from .swap import disable_sdpa, enable_sdpa, restore_, swap_, swapped
 
 __all__ = [
     "Int4WeightOnly",
     "Int8WeightOnly",
+    "disable_sdpa",
     "empty_cache",
+    "enable_sdpa",
     "explain",
     "models",
     "nn",

@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "llmkern/ops": {"ops", "_cpu"},
     "llmkern/nn": {"nn", "ops"},
+    "llmkern/swap": {"swap", "nn", "ops", "report"},
     "llmkern/models": {"models", "nn", "ops", "errors"},
     "llmkern/text": {"text", "durable", "errors"},
     "llmkern/plan": {"plan", "models", "ops", "errors"},

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import llmkern
-from llmkern import hf
-from llmkern.nn import found
+from llmkern.nn.kernel_class import ROLES
+from llmkern.swap import hf
 
 transformers = pytest.importorskip("transformers")
 SIZES = dict(
@@ -31,7 +31,7 @@ MODELS = {
     "Bert": ("Model", {**SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
     "ModernBert": ("Model", {**SIZES, "cls_token_id": 1, "sep_token_id": 2}),
 }  # fmt: skip
-FUSED_FFN = set(MODELS) - {"Bert", "ModernBert"}  # whose feed-forward is one module of two or three linears
+FUSED_FFN = set(MODELS) - {"Bert"}  # whose feed-forward is one module of two or three linears
 NORMS = {"Llama", "Mistral", "Qwen2", "Qwen3", "Gemma"}  # that have an RMSNorm of their own
 
 
@@ -107,7 +107,7 @@ def test_restore_deepcopy_and_pickle(name: str):
     report = llmkern.restore_(model)
     assert [type(m) for m in model.modules()] == classes and hf.implementation(model) == "sdpa"
     assert torch.equal(model(ids)[0], before) and len(report.changed) > 5
-    assert not any(hasattr(m, found.ROLES) or hasattr(m, hf.BEFORE) for m in model.modules())
+    assert not any(hasattr(m, ROLES) or hasattr(m, hf.BEFORE) for m in model.modules())
 
 
 def test_a_sibling_is_left_alone():

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import llmkern
+from llmkern.nn.kernel_class import ROLES
 
 
 class Norm(nn.Module):
@@ -77,14 +78,35 @@ def test_dropout_nobody_sees():
     assert [e.path for e in report.changed] == ["1"]
 
 
-def test_dropout_as_a_module_falls_back_aloud():
-    module = FFN(drop=0.5)
-    llmkern.swap_(module)
-    llmkern.set_fallback("error")
-    with pytest.raises(llmkern.ops.FallbackError, match=r"dropout 0\.5 while training"):
-        module(torch.randn(3, 16))
-    llmkern.set_fallback("warn")
-    module.eval()(torch.randn(3, 16))
+class Inner(FFN):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.drop(self.act(self.a(x))))
+
+
+@pytest.mark.parametrize(("cls", "place"), [(FFN, "last"), (Inner, "inner")])
+def test_dropout_runs_in_the_op(cls, place):
+    """Where it drops is seen, and there the op drops."""
+    module = cls(drop=0.5)
+    module.b.bias.data.fill_(3.0)
+    llmkern.swap_(module, strict=True)
+    assert {k: v for k, v in getattr(module, ROLES).items() if k in ("inner", "last")} == {
+        "inner": None, "last": None, place: "drop"
+    }  # fmt: skip
+    x = torch.randn(500, 16)
+    with torch.no_grad():
+        zeros = (module(x) == 0).float().mean().item()
+        assert zeros == pytest.approx(0.5 if place == "last" else 0.0, abs=0.05)
+        assert not torch.equal(module(x), module(x))
+        assert torch.equal(module.eval()(x), module(x))
+
+
+def test_a_dropout_of_the_input_is_left_alone():
+    class Early(FFN):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.act(self.a(self.drop(x))))
+
+    module = Early(drop=0.5)
+    assert not [e for e in llmkern.swap_(module).changed if e.path == ""]
 
 
 def test_trying_leaves_no_trace():

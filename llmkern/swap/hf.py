@@ -4,17 +4,39 @@
 """
 
 import sys
+from collections.abc import Iterator
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .ops.dispatch import fall_back
+from .. import ops
+from ..ops.dispatch import fall_back
+from ..report import Change, Entry
 
 NAME = "llmkern"
 BEFORE = "_llmkern_attention_before"  # the attribute in which a model keeps its former setting
 UNKNOWN = ("position_bias", "head_mask")  # what the kernel cannot do yet
+
+
+def plan(models: list[tuple[str, nn.Module]]) -> Iterator[Change]:
+    """Set the outermost Hugging Face models to llmkern's attention; each sets its parts."""
+    inside: set[nn.Module] = set()
+    for path, module in models:
+        if not is_model(module) or module in inside:
+            continue
+        inside.update(module.modules())
+        was = implementation(module)
+        if was != NAME and _takes_a_setting(module):
+            entry = Entry(path, f"attention {was!r}", f"attention {NAME!r}")
+            yield Change(entry, lambda module=module: _use_kernels(module))
+
+
+def undo(path: str, module: nn.Module) -> Iterator[Change]:
+    """Set the model to the attention that it had before."""
+    if hasattr(module, BEFORE):
+        entry = Entry(path, f"attention {NAME!r}", f"attention {getattr(module, BEFORE)!r}")
+        yield Change(entry, lambda: _restore(module))
 
 
 def is_model(module: nn.Module) -> bool:
@@ -28,18 +50,20 @@ def implementation(model: nn.Module) -> str:
     return model.config._attn_implementation
 
 
-def use_kernels(model: nn.Module) -> None:
-    """Set the model to llmkern's attention, and remember what it was set to."""
+def _takes_a_setting(model: nn.Module) -> bool:
+    """Whether its attention goes through transformers' registry; older models compute their own."""
+    return getattr(model, "_supports_attention_backend", False) or getattr(model, "_supports_sdpa", False)
+
+
+def _use_kernels(model: nn.Module) -> None:
     _register()
     setattr(model, BEFORE, implementation(model))
     model.set_attn_implementation(NAME)
 
 
-def restore(model: nn.Module) -> None:
-    """Set the model to the attention that it had before `use_kernels`."""
-    model.set_attn_implementation(getattr(model, BEFORE, "sdpa"))
-    if hasattr(model, BEFORE):
-        delattr(model, BEFORE)
+def _restore(model: nn.Module) -> None:
+    model.set_attn_implementation(getattr(model, BEFORE))
+    delattr(model, BEFORE)
 
 
 @cache
