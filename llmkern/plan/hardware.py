@@ -28,6 +28,7 @@ UNITS = {  # field -> key in the file, unit of the file in units of the field
     "matmul": ("matmul_tflops", 1e12),
     "busbw": ("busbw_gbs", 1e9),
     "price": ("dollars_per_hour", 1),
+    "units": ("multiprocessors", 1),
 }
 
 
@@ -49,6 +50,7 @@ class Hardware:
         matmul: dtype -> FLOP/s that a large matrix product was measured to reach.
         busbw: all-reduce bus bandwidth within a node at large payloads in bytes/s, or the name of a curve
             by payload (`collectives.py`); None: never measured.
+        units: multiprocessors, over which the tiles of a product are dealt out; 0: unknown.
         sources: file key of a figure ("tflops", "memory_gib", ...) -> where it comes from.
         note: what a reader should know.
         measured: date and versions, for what `diagnose` measured; empty for published figures.
@@ -66,6 +68,7 @@ class Hardware:
     price: float | None = None
     matmul: Mapping[str, float] = field(default_factory=dict)
     busbw: float | str | None = None
+    units: int = 0
     sources: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
     measured: Mapping[str, str] = field(default_factory=dict)
@@ -103,7 +106,7 @@ def to_entry(device: Hardware) -> dict[str, Any]:
     entry: dict[str, Any] = {"title": device.title}
     for name, (key, unit) in UNITS.items():
         value = getattr(device, name)
-        if value is not None and value != {}:
+        if value is not None and value != {} and (value or name != "units"):
             entry[key] = _scaled(value, 1 / unit)
     return {**entry, "note": device.note, "measured": dict(device.measured), "sources": dict(device.sources)}
 

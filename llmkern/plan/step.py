@@ -1,0 +1,213 @@
+"""Seconds of a training step: roofline of every op, exchanges from measured bandwidth, pipeline bubble.
+
+Every part is derived from hardware figures but one number, `EFFICIENCY`.
+"""
+
+from dataclasses import dataclass
+
+from . import collectives, work
+from .hardware import Hardware
+from .model import Model
+from .strategy import Recipe, Strategy
+from .work import Rates, local_tokens, local_weights
+
+# The one calibration: matrix products of a training step run at this part of the rate that a large product
+# alone was measured to reach.  Fitted once, to the 18 iteration times of arXiv:2104.04473 (table 1) and
+# arXiv:2205.05198 (table 5) together: the value of least mean error (`python -m benchmarks.plan --fit`).
+EFFICIENCY = 0.87
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a training step, by what the slowest device does in them.
+
+    Attributes:
+        compute: ops that wait for arithmetic.
+        memory: ops that wait for memory, and the optimizer.
+        exchange: what -> seconds of communication that nothing hides.
+        hidden: what -> seconds of communication behind computation.
+        bubble: waiting for the pipeline to fill and drain (arXiv:2104.04473, section 2.2).
+        volume: what -> bytes that each device sends in the step.
+    """
+
+    compute: float
+    memory: float
+    exchange: dict[str, float]
+    hidden: dict[str, float]
+    bubble: float
+    volume: dict[str, float]
+
+    @property
+    def communication(self) -> float:
+        return sum(self.exchange.values())
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.memory + self.communication + self.bubble
+
+    @property
+    def walls(self) -> dict[str, float]:
+        """Seconds by wall, the largest first."""
+        walls = {"compute": self.compute, "memory": self.memory, "communication": self.communication}
+        return dict(sorted({**walls, "bubble": self.bubble}.items(), key=lambda item: -item[1]))
+
+    @property
+    def wall(self) -> str:
+        """The wall that binds: where most seconds go."""
+        return next(iter(self.walls))
+
+
+@dataclass
+class Exchange:
+    """Adds up communication: seconds that show, seconds that computation hides, bytes."""
+
+    shown: dict[str, float]
+    hidden: dict[str, float]
+    volume: dict[str, float]
+
+    def add(self, name: str, seconds: float, size: float, behind: float = 0.0) -> None:
+        """`seconds` of exchange of `size` bytes, of which up to `behind` are hidden."""
+        for into, value in (
+            (self.shown, max(0.0, seconds - behind)),
+            (self.hidden, min(seconds, behind)),
+            (self.volume, size),
+        ):
+            into[name] = into.get(name, 0.0) + value
+
+    def scaled(self, times: float) -> "Exchange":
+        return Exchange(*({k: v * times for k, v in d.items()} for d in (self.shown, self.hidden, self.volume)))
+
+
+def predict(
+    model: Model, device: Hardware, s: Strategy, recipe: Recipe, batch: int, seq: int,
+    dtype: str = "bfloat16", efficiency: float = EFFICIENCY,
+) -> StepTime:  # fmt: skip
+    """Seconds of a step of `batch` sequences of `seq` tokens.
+
+    A pipeline runs at the pace of its slowest stage: the last, which has the output embedding.
+    """
+    rates = work.rates(device, dtype, efficiency)
+    m = batch / (s.dp * s.micro_batch)
+    walls, comm = _stage(model, device, s, recipe, seq, rates)
+    head = rates.walls(work.head(model, s, seq))
+    stage = sum(walls.values()) + sum(comm.shown.values())
+    memory = m * (walls["memory"] + head["memory"]) + rates.seconds(work.embedding(model, s, seq)) * m
+    total = comm.scaled(m)
+    parameters = local_parameters(model, s)
+    updated = parameters / (s.shards if s.zero else 1)
+    backward = 2 / 3 * (walls["compute"] + walls["memory"])
+    _reduce(total, device, s, recipe, parameters, m, backward if s.overlap else 0.0)
+    return StepTime(
+        m * (walls["compute"] + head["compute"]),
+        memory + updated * recipe.update / rates.memory,
+        total.shown,
+        total.hidden,
+        (s.pp - 1) / s.interleave * stage,
+        total.volume,
+    )
+
+
+def _stage(model: Model, device: Hardware, s: Strategy, recipe: Recipe, seq: int, rates: Rates):
+    """Seconds of one stage for one micro-batch, forward and backward: by wall, and its exchanges."""
+    walls, comm = {"compute": 0.0, "memory": 0.0}, Exchange({}, {}, {})
+    kinds = [(False, model.layers - model.expert_layers), (True, model.expert_layers)]
+    for expert, layers in kinds:
+        if not layers:
+            continue
+        ahead = rates.walls(work.forward(model, s, seq, expert))
+        back = rates.walls(
+            [*work.again(model, s, seq, expert), *work.backward(model, s, seq, recipe.gradient, expert)]
+        )
+        part = layers / s.pp
+        for wall in walls:
+            walls[wall] += part * (ahead[wall] + back[wall])
+        times = [part * sum(half.values()) for half in (ahead, back)]
+        _exchange_activations(comm, model, device, s, seq, part, expert)
+        if s.zero == 3:
+            _gather_weights(comm, model, device, s, recipe, part, times, expert)
+    if s.pp > 1:
+        payload = 2 * local_tokens(s, seq) * model.width / s.tp
+        once = collectives.send_seconds(device, payload, s.dp * s.tp * s.cp < device.node)
+        comm.add("PP sends", 2 * s.interleave * once, 2 * s.interleave * payload)
+    return walls, comm
+
+
+def _exchange_activations(comm, model, device, s, seq, layers, expert) -> None:
+    """Tensor, context and expert parallelism, in `layers` layers for one micro-batch."""
+    tokens = local_tokens(s, seq)
+    if s.tp > 1:  # two all-reduces forward, two backward; with SP each is a gather and a scatter
+        size = 2 * tokens * model.width
+        once = collectives.seconds(device, "all_reduce", size, s.tp, device.node)
+        shown = 2 + (2 if s.recompute == "full" else 0)
+        shown += 2 if not s.overlap_tp else 1 if s.sp else 0  # SP: gathers of gradients hide behind nothing
+        total = 6 if s.recompute == "full" else 4
+        wire = size * collectives.factor("all_reduce", s.tp)
+        comm.add("TP", layers * shown * once, layers * total * wire)
+        comm.add("TP", layers * (total - shown) * once, 0, behind=layers * (total - shown) * once)
+    if s.cp > 1:  # keys and values pass round a ring behind the attention of the part at hand
+        size = 2 * tokens * model.kv_heads / s.tp * (model.head_dim + model.value_dim) * (s.cp - 1)
+        once = collectives.send_seconds(device, size, s.tp * s.cp <= device.node)
+        rates = work.rates(device)
+        attention = [w for w in work.forward(model, s, seq, expert) if w.name in ("attention", *work.CORE)]
+        behind = sum(rates.seconds(w) for w in attention)
+        comm.add("CP", 3 * layers * once, 3 * layers * size, behind=3 * layers * behind)
+    if s.ep > 1 and expert:  # dispatch and combine, forward and backward
+        size = 2 * tokens * model.experts.active * model.width / s.tp
+        in_node = max(1, device.node // s.tp)
+        once = collectives.seconds(device, "all_to_all", size, s.ep, in_node)
+        comm.add("EP", 4 * layers * once, 4 * layers * size * collectives.factor("all_to_all", s.ep))
+
+
+def _gather_weights(comm, model, device, s, recipe, layers, times, expert) -> None:
+    """FSDP gathers the weights of a layer before forward and before backward, behind the layer before."""
+    weights = sum(local_weights(linear, s) for linear in model.linears(expert))
+    in_node = max(1, device.node // s.tp)
+    for collective, size, behind in (
+        ("all_gather", 2 * weights, times[0]),
+        ("all_gather", 2 * weights, times[1] / 2),
+        ("reduce_scatter", recipe.gradient * weights, times[1] / 2),
+    ):
+        once = collectives.seconds(device, collective, size, s.shards, in_node)
+        wire = layers * size * collectives.factor(collective, s.shards)
+        comm.add("FSDP", layers * once, wire, behind=behind if s.overlap else 0.0)
+
+
+def _reduce(comm, device, s, recipe, parameters, m, behind) -> None:
+    """Gradients of replicas are summed once a step: DDP all-reduces, ZeRO scatters and gathers."""
+    if s.shards == 1 or s.zero == 3:
+        return
+    in_node = max(1, device.node // s.tp)
+    steps = [("all_reduce", recipe.gradient)]
+    if s.zero:
+        steps = [("reduce_scatter", recipe.gradient), ("all_gather", 2)]
+    for collective, width in steps:
+        once = collectives.seconds(device, collective, width * parameters, s.shards, in_node)
+        wire = width * parameters * collectives.factor(collective, s.shards)
+        comm.add("DP gradients", once, wire, behind)
+        behind = 0.0
+
+
+def local_parameters(model: Model, s: Strategy) -> float:
+    """Parameters on the most loaded device: matrices divided by TP and PP, experts by EP too, norms whole.
+
+    The first and last stage hold an embedding each; when the two are tied, each holds a copy.
+    """
+    parts = model.parameters()
+    matrices = sum(
+        layers * local_weights(linear, s)
+        for expert, layers in ((False, model.layers - model.expert_layers), (True, model.expert_layers))
+        if layers
+        for linear in model.linears(expert)
+    )
+    embeddings = [parts["embedding"], parts["output head"] or parts["embedding"]]
+    embedded = max(embeddings) if s.pp > 1 else parts["embedding"] + parts["output head"]
+    rest = parts.get("norms", 0) + parts.get("other", 0) + biases(model, s)
+    return (matrices + rest) / s.pp + (embedded + parts.get("positions", 0) * s.tp) / s.tp
+
+
+def biases(model: Model, s: Strategy) -> float:
+    """Parameters of the layers' biases on one device, all stages."""
+    return model.layers * sum(
+        (linear.parameters - linear.weights) / (s.tp if linear.split == "column" else 1)
+        for linear in model.linears()
+    )
