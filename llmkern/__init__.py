@@ -3,6 +3,7 @@
 from . import models, nn, ops, optim
 from .ops import empty_cache, set_fallback, use
 from .ops.explain import explain
+from .plan import plan
 from .quantize import Int4WeightOnly, Int8WeightOnly, quantize_
 from .swap import disable_sdpa, enable_sdpa, restore_, swap_, swapped
 
@@ -17,6 +18,7 @@ __all__ = [
     "nn",
     "ops",
     "optim",
+    "plan",
     "quantize_",
     "restore_",
     "set_fallback",

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "llmkern/swap": {"swap", "nn", "ops", "report"},
     "llmkern/models": {"models", "nn", "ops", "errors"},
     "llmkern/text": {"text", "durable", "errors"},
-    "llmkern/plan": {"plan", "models", "ops", "errors"},
+    "llmkern/plan": {"plan", "models", "errors", "display"},
     "llmkern/train": {"train", "models", "text", "ops", "optim", "durable", "errors"},
 }
 

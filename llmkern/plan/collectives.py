@@ -12,6 +12,7 @@ from .hardware import GIB, Hardware, data
 NODE_CURVE, NETWORK_CURVE = "8x-h200", "4x8-b200"  # the latencies where a device has no curve of its own
 LINK_PART = 0.78  # of a link's peak that a node's bus reaches: A100 235 of 300 (measured)
 NETWORK_PART = 0.74  # of a port's peak: 4 nodes of B200, 37 of 50 GB/s a port (measured, ml-engineering)
+HOP = 14e-6  # seconds a node of a ring: NCCL, src/graph/tuning.cc, NET with the simple protocol
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": GIB}
 
 
@@ -90,4 +91,5 @@ def seconds(device: Hardware, collective: str, payload: float, n: int, in_node: 
         return node_seconds(device, payload * factor(collective, n))
     nodes = n / in_node
     inner = node_seconds(device, payload * factor(collective, in_node)) if in_node > 1 else 0.0
-    return inner + network_seconds(device, payload / in_node * factor(collective, nodes))
+    hops = 0.0 if collective == "all_reduce" else (nodes - 1) * HOP  # an all-reduce may take a tree
+    return inner + hops + network_seconds(device, payload / in_node * factor(collective, nodes))

@@ -66,5 +66,5 @@ def attention_dim(model: Model) -> int:
 
 
 def mfu(rate: float, peak: float) -> float:
-    """Model FLOPs utilisation: model FLOPs a second of a device over its peak (PaLM, arXiv:2204.02311, 4.1)."""
+    """Model FLOPs utilisation: model FLOPs/s of a device over its peak (PaLM, arXiv:2204.02311, 4.1)."""
     return rate / peak

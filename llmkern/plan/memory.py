@@ -9,8 +9,8 @@ from .step import local_parameters
 from .strategy import Recipe, Strategy
 from .work import local_tokens, local_weights
 
-# What the allocator holds beyond live tensors, as a part of them, and what the driver and NCCL take.  The part
-# is calibrated once, on the 8 B rows of torchtitan's table (`python -m benchmarks.plan`).
+# What the allocator holds beyond live tensors, as a part of them, and what the driver and NCCL take.  The
+# part is calibrated once, on the 8 B rows of torchtitan's table (`python -m benchmarks.plan`).
 RESERVE = 0.02
 CONTEXT = 1.0 * 2**30
 
@@ -152,8 +152,8 @@ def logits(model: Model, s: Strategy, seq: int, width: int) -> float:
     """Bytes around the logits when backward begins.
 
     Eager, they are there in the working precision, as log-probabilities, and as two gradients, the last three
-    in float32; over tensor parallelism torch's `loss_parallel` makes one float32 copy more, and the head keeps
-    its gathered input.  A fused loss has logits and gradient; a linear one the gradient of its input.
+    in float32; over tensor parallelism torch's `loss_parallel` makes one float32 copy more, and the head
+    keeps its gathered input.  A fused loss has logits and gradient; a linear one the gradient of its input.
     """
     tokens, d = local_tokens(s, seq), model.width
     if s.loss == "linear":

@@ -16,6 +16,10 @@ from .work import Rates, local_tokens, local_weights
 # arXiv:2205.05198 (table 5) together: the value of least mean error (`python -m benchmarks.plan --fit`).
 EFFICIENCY = 0.87
 
+# Part of hidden communication that shows nevertheless: NCCL's kernels take multiprocessors from the products.
+# Not fitted here: Calculon's figure for NVLink (Isaev et al. 2023, doi:10.1145/3581784.3607102, A100 system).
+INTERFERENCE = 0.15
+
 
 @dataclass(frozen=True)
 class StepTime:
@@ -67,15 +71,18 @@ class Exchange:
 
     def add(self, name: str, seconds: float, size: float, behind: float = 0.0) -> None:
         """`seconds` of exchange of `size` bytes, of which up to `behind` are hidden."""
+        hidden = min(seconds, behind)
         for into, value in (
-            (self.shown, max(0.0, seconds - behind)),
-            (self.hidden, min(seconds, behind)),
+            (self.shown, seconds - hidden + INTERFERENCE * hidden),
+            (self.hidden, hidden),
             (self.volume, size),
         ):
             into[name] = into.get(name, 0.0) + value
 
     def scaled(self, times: float) -> "Exchange":
-        return Exchange(*({k: v * times for k, v in d.items()} for d in (self.shown, self.hidden, self.volume)))
+        return Exchange(
+            *({k: v * times for k, v in d.items()} for d in (self.shown, self.hidden, self.volume))
+        )
 
 
 def predict(
@@ -95,8 +102,7 @@ def predict(
     total = comm.scaled(m)
     parameters = local_parameters(model, s)
     updated = parameters / (s.shards if s.zero else 1)
-    backward = 2 / 3 * (walls["compute"] + walls["memory"])
-    _reduce(total, device, s, recipe, parameters, m, backward if s.overlap else 0.0)
+    _reduce(total, device, s, recipe, parameters, s.overlap * (walls["compute"] + walls["memory"]))
     return StepTime(
         m * (walls["compute"] + head["compute"]),
         memory + updated * recipe.update / rates.memory,
@@ -122,7 +128,7 @@ def _stage(model: Model, device: Hardware, s: Strategy, recipe: Recipe, seq: int
         for wall in walls:
             walls[wall] += part * (ahead[wall] + back[wall])
         times = [part * sum(half.values()) for half in (ahead, back)]
-        _exchange_activations(comm, model, device, s, seq, part, expert)
+        _exchange_activations(comm, model, device, s, seq, part, times, expert)
         if s.zero == 3:
             _gather_weights(comm, model, device, s, recipe, part, times, expert)
     if s.pp > 1:
@@ -132,18 +138,17 @@ def _stage(model: Model, device: Hardware, s: Strategy, recipe: Recipe, seq: int
     return walls, comm
 
 
-def _exchange_activations(comm, model, device, s, seq, layers, expert) -> None:
+def _exchange_activations(comm, model, device, s, seq, layers, times, expert) -> None:
     """Tensor, context and expert parallelism, in `layers` layers for one micro-batch."""
     tokens = local_tokens(s, seq)
     if s.tp > 1:  # two all-reduces forward, two backward; with SP each is a gather and a scatter
         size = 2 * tokens * model.width
-        once = collectives.seconds(device, "all_reduce", size, s.tp, device.node)
-        shown = 2 + (2 if s.recompute == "full" else 0)
-        shown += 2 if not s.overlap_tp else 1 if s.sp else 0  # SP: gathers of gradients hide behind nothing
+        once = layers * collectives.seconds(device, "all_reduce", size, s.tp, device.node)
         total = 6 if s.recompute == "full" else 4
-        wire = size * collectives.factor("all_reduce", s.tp)
-        comm.add("TP", layers * shown * once, layers * total * wire)
-        comm.add("TP", layers * (total - shown) * once, 0, behind=layers * (total - shown) * once)
+        shown = {"none": total, "backward": total - 2 + s.sp, "all": 0}[s.overlap_tp]
+        wire = layers * size * collectives.factor("all_reduce", s.tp)
+        comm.add("TP", shown * once, shown * wire)
+        comm.add("TP", (total - shown) * once, (total - shown) * wire, behind=sum(times))
     if s.cp > 1:  # keys and values pass round a ring behind the attention of the part at hand
         size = 2 * tokens * model.kv_heads / s.tp * (model.head_dim + model.value_dim) * (s.cp - 1)
         once = collectives.send_seconds(device, size, s.tp * s.cp <= device.node)
@@ -172,19 +177,21 @@ def _gather_weights(comm, model, device, s, recipe, layers, times, expert) -> No
         comm.add("FSDP", layers * once, wire, behind=behind if s.overlap else 0.0)
 
 
-def _reduce(comm, device, s, recipe, parameters, m, behind) -> None:
-    """Gradients of replicas are summed once a step: DDP all-reduces, ZeRO scatters and gathers."""
+def _reduce(comm, device, s, recipe, parameters, micro_batch) -> None:
+    """Gradients of replicas are summed once a step: DDP all-reduces, ZeRO scatters, and gathers weights.
+
+    Behind backward of the last, and forward of the first micro-batch, which takes `micro_batch` seconds.
+    """
     if s.shards == 1 or s.zero == 3:
         return
     in_node = max(1, device.node // s.tp)
-    steps = [("all_reduce", recipe.gradient)]
+    steps = [("all_reduce", recipe.gradient, 2 / 3)]
     if s.zero:
-        steps = [("reduce_scatter", recipe.gradient), ("all_gather", 2)]
-    for collective, width in steps:
+        steps = [("reduce_scatter", recipe.gradient, 2 / 3), ("all_gather", 2, 1 / 3)]
+    for collective, width, part in steps:
         once = collectives.seconds(device, collective, width * parameters, s.shards, in_node)
         wire = width * parameters * collectives.factor(collective, s.shards)
-        comm.add("DP gradients", once, wire, behind)
-        behind = 0.0
+        comm.add("DP gradients", once, wire, part * micro_batch)
 
 
 def local_parameters(model: Model, s: Strategy) -> float:

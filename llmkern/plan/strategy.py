@@ -69,7 +69,8 @@ class Strategy:
             (`linear_cross_entropy`: logits are never whole in memory).
         dropout: masks are stored.
         overlap: gradients are reduced while the last backward still runs.
-        overlap_tp: backward exchanges activations while weight gradients are computed (Megatron-LM since 2022).
+        overlap_tp: exchanges of tensor parallelism behind products: "none", "backward" (behind weight
+            gradients, Megatron-LM since 2022) or "all" (in slices, Transformer Engine since 2023).
         fused_sums: weight gradients are added within their product (Megatron-LM since 2022).
     """
 
@@ -88,7 +89,7 @@ class Strategy:
     loss: Literal["eager", "fused", "linear"] = "eager"
     dropout: bool = False
     overlap: bool = True
-    overlap_tp: bool = True
+    overlap_tp: Literal["none", "backward", "all"] = "backward"
     fused_sums: bool = True
 
     @property
@@ -111,7 +112,9 @@ class Strategy:
         sizes += ((f"PP {self.pp}{f' x{self.interleave}' * (self.interleave > 1)}", self.pp),)
         sizes += ((f"CP {self.cp}", self.cp), (f"EP {self.ep}", self.ep))
         parts = [text for text, size in sizes if size > 1] or ["1 device"]
-        recompute = {"none": "", "selective": ", selective", "ops": ", ops", "full": ", recompute"}[self.recompute]
+        recompute = {"none": "", "selective": ", selective", "ops": ", ops", "full": ", recompute"}[
+            self.recompute
+        ]
         return f"{' + '.join(parts)}, micro-batch {self.micro_batch}{recompute}"
 
 
@@ -142,7 +145,7 @@ def check(model: Model, strategy: Strategy, batch: int, seq: int) -> None:
         if size % value:
             near = max(n for n in range(1, value + 1) if size % n == 0)
             raise UserError(
-                f"{name} is {value}, which does not divide the {size:,} {what} of {model.name}; nearest is {near}"
+                f"{name} is {value}, which does not divide {what} {size:,} of {model.name}; nearest is {near}"
             )
     if s.interleave > 1 and (batch // per_step) % s.pp:
         raise UserError(
@@ -158,7 +161,7 @@ def check(model: Model, strategy: Strategy, batch: int, seq: int) -> None:
 def _fill(layers: int, s: Strategy) -> int:
     """Layers, with the embedding and the head as two more where that is what makes stages equal.
 
-    Llama 3 has 126 layers for 16 stages of 8: its first and last stage hold one less (arXiv:2407.21783, 3.3.2).
+    Llama 3 has 126 layers for 16 stages of 8: its first and last hold one less (arXiv:2407.21783, 3.3.2).
     """
     stages = s.pp * s.interleave
     return layers if layers % stages == 0 or (layers + 2) % stages else layers + 2

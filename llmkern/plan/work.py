@@ -104,7 +104,9 @@ def local_weights(linear: Linear, s: Strategy) -> float:
     return n * k * (linear.count / s.ep if linear.split == "expert" else linear.count)
 
 
-def _matrices(model: Model, s: Strategy, tokens: float, expert: bool) -> Iterator[tuple[str, float, float, float, float]]:
+def _matrices(
+    model: Model, s: Strategy, tokens: float, expert: bool
+) -> Iterator[tuple[str, float, float, float, float]]:
     """(name, m, n, k, count) of the products of a layer; routing is taken as balanced."""
     for linear in model.linears(expert):
         n, k = local_size(linear, s.tp)
@@ -185,7 +187,9 @@ def again(model: Model, s: Strategy, seq: int, expert: bool = False) -> Iterator
     elif s.recompute == "selective":
         yield from (work for work in forward(model, s, seq, expert) if work.name in CORE)
     elif s.recompute == "ops":
-        products = [work for work in forward(model, s, seq, expert) if work.flops and work.name != "attention"]
+        products = [
+            work for work in forward(model, s, seq, expert) if work.flops and work.name != "attention"
+        ]
         yield from products[1::2]
         yield from passes(model, s, seq, expert)
 
@@ -193,11 +197,11 @@ def again(model: Model, s: Strategy, seq: int, expert: bool = False) -> Iterator
 def head(model: Model, s: Strategy, seq: int) -> list[Work]:
     """The output embedding and the loss, forward and backward: on the last stage of a pipeline.
 
-    An eager loss reads logits, writes them in float32, and backward writes their gradient twice: 20 bytes each.
+    An eager loss reads logits, writes them in float32; backward writes their gradient twice: 20 bytes each.
     """
     m, n, k = local_tokens(s, seq), model.vocab / s.tp, model.width
     products = [product("head", m, n, k), product("head, input", m, k, n), product("head, weight", k, n, m)]
-    return [*products, Work("loss", 0, m * n * {'eager': 20, 'fused': 3 * E, 'linear': 2 * E}[s.loss])]
+    return [*products, Work("loss", 0, m * n * {"eager": 20, "fused": 3 * E, "linear": 2 * E}[s.loss])]
 
 
 def embedding(model: Model, s: Strategy, seq: int) -> Work:
