@@ -64,6 +64,8 @@ def _stage(model, s, recipe, batch, seq, width, first) -> dict[str, float]:
     parts["logits" if at_loss > inside else "working"] = max(at_loss, inside)
     if s.zero == 3 and s.shards > 1:
         parts["gathered"] = gathered(model, s, recipe, local)
+        if s.pp > 1:
+            parts["stage buffers"] = stage_buffers(model, s, s.micro_batches(batch), seq, width)
     return parts
 
 
@@ -162,6 +164,15 @@ def logits(model: Model, s: Strategy, seq: int, width: int) -> float:
         return 2 * width * tokens * model.vocab / s.tp
     split = s.tp > 1
     return (width + 12 + 4 * split) * tokens * model.vocab / s.tp + width * tokens * d * (split and s.sp)
+
+
+def stage_buffers(model: Model, s: Strategy, micro_batches: int, seq: int, width: int) -> float:
+    """Bytes of what stages hand over under torch.distributed.pipelining.
+
+    It allocates buffers for the input and for the gradient of every micro-batch before the step begins.
+    """
+    hand_over = width * local_tokens(s, seq) * model.width / (s.tp if s.sp else 1)
+    return 2 * s.interleave * micro_batches * hand_over
 
 
 def gathered(model: Model, s: Strategy, recipe: Recipe, local: float) -> float:

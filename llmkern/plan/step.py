@@ -200,21 +200,18 @@ def local_parameters(model: Model, s: Strategy) -> float:
     The first and last stage hold an embedding each; when the two are tied, each holds a copy.
     """
     parts = model.parameters()
-    matrices = sum(
-        layers * local_weights(linear, s)
-        for expert, layers in ((False, model.layers - model.expert_layers), (True, model.expert_layers))
-        if layers
-        for linear in model.linears(expert)
-    )
+    kinds = ((False, model.layers - model.expert_layers), (True, model.expert_layers))
+    layers = sum(n * _layer_parameters(model, s, expert) for expert, n in kinds if n)
     embeddings = [parts["embedding"], parts["output head"] or parts["embedding"]]
     embedded = max(embeddings) if s.pp > 1 else parts["embedding"] + parts["output head"]
-    rest = parts.get("norms", 0) + parts.get("other", 0) + biases(model, s)
-    return (matrices + rest) / s.pp + (embedded + parts.get("positions", 0) * s.tp) / s.tp
+    rest = parts.get("norms", 0) + parts.get("other", 0)
+    return (layers + rest) / s.pp + embedded / s.tp + parts.get("positions", 0)
 
 
-def biases(model: Model, s: Strategy) -> float:
-    """Parameters of the layers' biases on one device, all stages."""
-    return model.layers * sum(
-        (linear.parameters - linear.weights) / (s.tp if linear.split == "column" else 1)
-        for linear in model.linears()
+def _layer_parameters(model: Model, s: Strategy, expert: bool) -> float:
+    """Weights and biases of one layer on one device; biases of outputs that stay whole do, too."""
+    return sum(
+        local_weights(linear, s)
+        + (linear.parameters - linear.weights) / (s.tp if linear.split == "column" else 1)
+        for linear in model.linears(expert)
     )

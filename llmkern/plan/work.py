@@ -45,7 +45,9 @@ class Rates:
 
     def arithmetic(self, work: Work) -> float:
         """Seconds of its FLOPs."""
-        idle = self.quantization(*work.shape) if work.shape and self.units else 1
+        if not self.units:  # not a GPU: nothing is known about its tiles
+            return work.flops / self.matmul
+        idle = self.quantization(*work.shape) if work.shape else 1
         return work.flops * (1 + DEPTH / work.depth) * idle / self.matmul
 
     def quantization(self, rows: float, columns: float, count: float) -> float:
@@ -77,11 +79,15 @@ class Rates:
 
 
 def rates(device: Hardware, dtype: str = "bfloat16", efficiency: float = 1.0) -> Rates:
-    """Measured rates where there are any, parts of the datasheet's otherwise; products times `efficiency`."""
+    """Measured rates where there are any, parts of the datasheet's otherwise; products times `efficiency`.
+
+    Bytes of ops are counted for 16 bits, so memory counts half as fast for float32.
+    """
     if dtype == "bfloat16" and dtype not in device.flops:
         dtype = "float16"
     matmul = device.matmul.get(dtype) or MATMUL_PART * device.peak(dtype)
     memory = device.bandwidth * (1 if device.measured else MEMORY_PART)
+    memory /= 2 if dtype in ("float32", "tf32") else 1
     return Rates(efficiency * matmul, memory, device.units)
 
 
