@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "llmkern/models": {"models", "nn", "ops", "errors"},
     "llmkern/text": {"text", "durable", "errors"},
     "llmkern/plan": {"plan", "models", "errors", "display"},
+    "llmkern/generate": {"generate", "models", "text", "load", "errors"},
     "llmkern/train": {"train", "models", "text", "ops", "optim", "durable", "errors"},
 }
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..ops.quant_weight import BLOCK, QuantWeight
 
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -28,7 +29,7 @@ MOST_DIMENSIONS = 4
 MOST_NESTING = 8  # of arrays in arrays
 
 
-class GGUFError(ValueError):
+class GGUFError(UserError):
     """The file is no GGUF, or a broken one, or has what this reader does not know."""
 
 

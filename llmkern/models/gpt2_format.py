@@ -71,8 +71,10 @@ def write_config(config: GPTConfig) -> dict[str, Any]:
 
 def read_tensor(name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
     name = name.removeprefix(PREFIX)  # a bare GPT2Model has none
-    if MASKS.match(name) or name == "lm_head.weight":  # the head is tied
+    if MASKS.match(name):
         return None
+    if name == "lm_head.weight":
+        return name, tensor
     return PREFIX + name, tensor.t() if CONV1D.match(name) else tensor
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from . import gpt2_format
+from . import gpt2_format, llama_format
 from .pretrained_format import Format
 from .weights import SHARD_BYTES, read_json, read_weights, write_weights
 
 CONFIG = "config.json"
-FORMATS = (gpt2_format.FORMAT,)
+FORMATS = (gpt2_format.FORMAT, llama_format.FORMAT)
 
 
 def from_pretrained(
@@ -117,12 +117,15 @@ def _on_meta(model: type[nn.Module], config: Any) -> nn.Module:
 def _fill(model: nn.Module, format: Format, folder: Path, dtype: torch.dtype | None) -> None:
     """Give the parameters of a model on meta their values; tied ones stay tied."""
     expected = dict(model.named_parameters())  # of tied ones the first name alone
+    tied = set(model.state_dict()) - set(expected)
     tensors: dict[str, Tensor] = {}
     for theirs, tensor in read_weights(folder):
         read = format.read_tensor(theirs, tensor)
         if read is None:
             continue
         name, tensor = read
+        if name in tied:  # some files have it twice
+            continue
         if name not in expected:
             raise UserError(f"{str(folder)!r} has the weight {theirs}, for which {CONFIG} has no place")
         if tensor.shape != expected[name].shape:

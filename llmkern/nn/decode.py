@@ -88,6 +88,24 @@ class KVCache:
         """Forget all tokens."""
         self.lengths.zero_()
 
+    def rows(self, start: int, stop: int) -> "KVCache":
+        """The sequences start, start + 1, ..., stop - 1, in the same memory."""
+        part = object.__new__(KVCache)
+        vars(part).update(vars(self))
+        for name in ("lengths", *(self._memory() if self.block_table is None else ("block_table",))):
+            setattr(part, name, getattr(self, name)[start:stop])
+        return part
+
+    def move_row(self, source: int, target: int) -> None:
+        """Let sequence `target` be what sequence `source` is, which then is empty."""
+        length = int(self.lengths[source])
+        if self.block_table is None:
+            for name in self._memory():
+                getattr(self, name)[target, :, :length] = getattr(self, name)[source, :, :length]
+        else:
+            self.block_table[[source, target]] = self.block_table[[target, source]]
+        self.lengths[target], self.lengths[source] = length, 0
+
     def truncate(self, length: int | Tensor) -> None:
         """Forget what comes after the first `length` tokens; a number, or one for each sequence, (B,)."""
         self.lengths.clamp_(max=length)
@@ -95,7 +113,11 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of memory of keys, values and scales."""
-        return sum(t.nbytes for t in (self.k, self.v, self.k_scale, self.v_scale) if t is not None)
+        return sum(getattr(self, name).nbytes for name in self._memory())
+
+    def _memory(self) -> list[str]:
+        names = ("k", "v", "k_scale", "v_scale")
+        return [name for name in names if getattr(self, name) is not None]
 
     def _cast(self, x: Tensor | None) -> Tensor | None:
         return x if x is None or self.k.dtype == torch.int8 else x.to(self.k.dtype)

@@ -32,6 +32,35 @@ def _gpt2(**options):
     return model
 
 
+LLAMAS = {
+    "llama": {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "llama with biases": {"attention_bias": True, "mlp_bias": True},
+    "llama 3": {
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8,
+        }
+    },
+    "mistral": {"sliding_window": 3},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 8},
+}  # fmt: skip
+
+
+def _llama(name):
+    torch.manual_seed(0)
+    kind = {"llama with biases": "llama", "llama 3": "llama"}.get(name, name)
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=17, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        **LLAMAS[name],
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return model
+
+
 def _logits(theirs):
     with torch.no_grad():
         return theirs(IDX).logits
@@ -66,6 +95,43 @@ def test_gpt2_out(tmp_path, bias):
     again = from_pretrained(tmp_path)
     assert torch.equal(again(IDX)[0], ours(IDX)[0])
     assert again.config.activation == "gelu" and again.config.n_embd == 16
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_llama_in_and_out(tmp_path, name):
+    theirs = _llama(name)
+    ours = from_pretrained(_saved(theirs, tmp_path / "theirs"))
+    torch.testing.assert_close(ours(IDX)[0], _logits(theirs), rtol=1e-4, atol=1e-4)
+    save_pretrained(ours, tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert type(again) is type(theirs)
+    assert torch.equal(_logits(again), _logits(theirs))
+
+
+def test_tied_weight_twice_in_the_file(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = _saved(_llama("llama"), tmp_path)
+    tensors = load_file(folder / SINGLE)
+    assert "lm_head.weight" not in tensors
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / SINGLE)
+    ours = from_pretrained(folder)
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
+        ({"use_sliding_window": True}, "some layers of this qwen2 have a sliding window"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "describes no model: .*'longrope', expected one of"),
+        ({"tie_word_embeddings": False}, r"has no lm_head\.weight"),
+    ],
+)
+def test_llama_configs_that_do_not_fit(tmp_path, fields, match):
+    _edit(_saved(_llama("qwen2"), tmp_path), **fields)
+    with pytest.raises(UserError, match=match):
+        from_pretrained(tmp_path)
 
 
 def test_several_files(tmp_path):
@@ -107,7 +173,10 @@ def test_old_names(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"model_type": "bloom"}, "model_type is 'bloom', expected one of gpt2"),
+        (
+            {"model_type": "bloom"},
+            "model_type is 'bloom', expected one of gpt2, llama, ",
+        ),
         ({"n_inner": 48}, "n_inner is 48, expected None or 64"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06, expected 1e-05"),
         ({"activation_function": "tanh"}, "activation_function is 'tanh', expected 'gelu_new' or"),
@@ -166,7 +235,7 @@ def test_broken_folders(tmp_path, spoil, match):
 def test_what_cannot_be_saved(tmp_path):
     import llmkern
 
-    with pytest.raises(ValueError, match="model is a Linear, expected one of GPT"):
+    with pytest.raises(ValueError, match="model is a Linear, expected one of GPT, Llama"):
         save_pretrained(torch.nn.Linear(2, 2), tmp_path)
     with pytest.raises(ValueError, match="activation is 'relu2', which Hugging Face's GPT-2 has not"):
         save_pretrained(GPT(GPTConfig(17, 16, 1, 2, 16, activation="relu2")), tmp_path)
