@@ -12,9 +12,9 @@ from statistics import mean
 from rich.console import Console
 from rich.table import Table
 
+from llmkern import machine
 from llmkern.plan.simulate import published
 
-from . import machine
 from .plan_rows import Group, groups, predict, published_seconds
 from .report import make_console
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..models import GPTConfig
+from ..models import GPTConfig, LlamaConfig
 from . import config, energy, hardware, inference, search
 from .energy import Energy
 from .flops import CONVENTIONS, Flops, flops, mfu
@@ -62,6 +62,11 @@ class Plan:
     run: Run
     inference: Inference | None
 
+    def __str__(self) -> str:
+        from .show import text  # only who prints needs it
+
+        return text(self)
+
     @property
     def best(self) -> Candidate:
         """The fastest strategy that fits."""
@@ -85,7 +90,7 @@ class Plan:
 
 
 def plan(
-    model: str | Path | Mapping[str, Any] | GPTConfig | Model,
+    model: str | Path | Mapping[str, Any] | GPTConfig | LlamaConfig | Model,
     on: str | Hardware = "h100",
     gpus: int = 1,
     *,
@@ -110,7 +115,7 @@ def plan(
 
     Args:
         model: a name (`llmkern plan --list`), a Hugging Face config.json or its folder, the content of one,
-            or a `GPTConfig`.
+            a `GPTConfig` or a `LlamaConfig`.
         on: a device's name, or a `Hardware`.
         gpus: how many devices.
         batch: sequences of a step; by default as many as a model of its size is trained with.
@@ -130,7 +135,7 @@ def plan(
         prompt, reply: tokens of each.
 
     Returns:
-        The plan; `print(llmkern.plan(...))` shows its fields, `llmkern plan` a table.
+        The plan; `print` shows it as tables, as `llmkern plan` does.
 
     Raises:
         UserError: a strategy that does not divide the model, a model that fits nowhere, unknown names.

@@ -1,5 +1,6 @@
 """Models from a Hugging Face config.json, from our presets, and by published name."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..models import PRESETS, GPTConfig
+from ..models import LLAMA_PRESETS, PRESETS, GPTConfig, LlamaConfig
 from .model import Experts, Latent, Model
 
 # key of the plan <- the names that configurations have for it
@@ -82,8 +83,10 @@ def read(config: Mapping[str, Any], name: str = "") -> Model:
         kv_heads=found["kv_heads"] or 0,
         head_dim=found["head_dim"] or 0,
         gated=facts["gated"],
-        bias=facts["bias"] or bool(config.get("mlp_bias") and config.get("attention_bias")),
+        bias=facts["bias"],
         qkv_bias=facts.get("qkv_bias", False) or bool(config.get("attention_bias")),
+        out_bias=bool(config.get("output_bias", config.get("attention_bias"))),
+        ffn_bias=bool(config.get("mlp_bias")),
         norm=facts["norm"],
         norms=facts.get("norms", 2),
         positions=context + facts["positions"] if "positions" in facts else 0,
@@ -149,8 +152,12 @@ def _experts(config: Mapping[str, Any], facts: Mapping[str, Any], layers: int) -
     return Experts(count, active, width, shared, dense, *gates)
 
 
-def from_preset(name: str, config: GPTConfig) -> Model:
+def from_preset(name: str, config: GPTConfig | LlamaConfig) -> Model:
     """The model of one of our own configurations."""
+    if isinstance(config, LlamaConfig):  # its fields are Hugging Face's
+        kind = "qwen3" if config.qk_norm else "llama"
+        source = "llmkern.models.LLAMA_PRESETS"
+        return read({"model_type": kind, "source": source, **dataclasses.asdict(config)}, name)
     return Model(
         name, config.n_layer, config.n_embd, config.n_head, 4 * config.n_embd, config.vocab_size,
         config.block_size, bias=config.bias, norm=1 + config.bias, positions=config.block_size,
@@ -163,19 +170,20 @@ def published() -> dict[str, Model]:
     """Name -> model: our presets, and the published configurations of `models.json`."""
     configs = json.loads(Path(__file__).with_name("models.json").read_text())
     named = {name: read({**config, "_name_or_path": name}) for name, config in configs.items()}
-    return {**{name: from_preset(name, config) for name, config in PRESETS.items()}, **named}
+    ours = {**PRESETS, **LLAMA_PRESETS}
+    return {**{name: from_preset(name, config) for name, config in ours.items()}, **named}
 
 
-def find(model: "str | Path | Mapping[str, Any] | GPTConfig | Model") -> Model:
-    """The model that a user means: a name, a config.json or its folder, its content, or our GPTConfig.
+def find(model: str | Path | Mapping[str, Any] | GPTConfig | LlamaConfig | Model) -> Model:
+    """The model that a user means: a name, a config.json or its folder, its content, or our own config.
 
     Raises:
         UserError: no such name or file, with the nearest names; or an unreadable file.
     """
     if isinstance(model, Model):
         return model
-    if isinstance(model, GPTConfig):
-        return from_preset("GPTConfig", model)
+    if isinstance(model, (GPTConfig, LlamaConfig)):
+        return from_preset(type(model).__name__, model)
     if isinstance(model, Mapping):
         return read(model)
     known = published()

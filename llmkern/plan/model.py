@@ -93,7 +93,8 @@ class Model:
         head_dim: q, width of a head.
         gated: the feed-forward is SwiGLU or its like, of three matrices (Shazeer 2020, arXiv:2002.05202).
         bias: linears have biases.
-        qkv_bias: the projection to queries, keys and values has one.
+        qkv_bias, out_bias, ffn_bias: those to queries, keys and values, after attention, of the feed-forward
+            have, whatever `bias` says.
         norm: parameters of a norm in units of d: 2 LayerNorm, 1 RMSNorm.
         norms: norms in a layer: 2; 1 when attention and FFN run side by side, 4 in Gemma 2.
         qk_norm: parameters of norms on queries and keys in one layer.
@@ -121,6 +122,8 @@ class Model:
     gated: bool = False
     bias: bool = True
     qkv_bias: bool = False
+    out_bias: bool = False
+    ffn_bias: bool = False
     norm: int = 2
     norms: int = 2
     qk_norm: int = 0
@@ -168,14 +171,15 @@ class Model:
         else:
             outputs = (h + 2 * self.kv_heads) * self.head_dim
             yield Linear("qkv", d, outputs, "column", bias=bias or self.qkv_bias)
-        yield Linear("attention out", h * self.value_dim, d, "row", bias=bias)
+        yield Linear("attention out", h * self.value_dim, d, "row", bias=bias or self.out_bias)
 
     def ffn_linears(self, expert: bool) -> Iterator[Linear]:
         """The matrices of one feed-forward, `expert`: of one with a mixture of experts."""
         d, times = self.width, 2 if self.gated else 1
         if not expert:
-            yield Linear("ffn in", d, times * self.ffn, "column", bias=self.bias)
-            yield Linear("ffn out", self.ffn, d, "row", bias=self.bias)
+            bias = self.bias or self.ffn_bias
+            yield Linear("ffn in", d, times * self.ffn, "column", bias=bias)
+            yield Linear("ffn out", self.ffn, d, "row", bias=bias)
             return
         m = self.experts
         yield Linear("router", d, m.count, "no", bias=m.bias)

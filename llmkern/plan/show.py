@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from ..display import make_console
@@ -40,9 +41,16 @@ def names(models: Mapping[str, Model], devices: Mapping[str, Hardware]) -> None:
     console.print(table)
 
 
-def plan(found: Plan) -> None:
+def text(found: Plan) -> str:
+    """What `plan` prints."""
+    with (console := make_console()).capture() as captured:
+        plan(found, console)
+    return captured.get()
+
+
+def plan(found: Plan, console: Console | None = None) -> None:
     """Parameters, FLOPs, strategies, the best one in detail, the run, inference."""
-    console, job = make_console(), found.job
+    console, job = console or make_console(), found.job
     what = f"{job.batch:,} sequences of {job.seq:,} tokens a step"
     console.print(f"{job.model.name} on {job.devices:,} x {job.device.title}, {what}", soft_wrap=True)
     for note in job.model.notes:

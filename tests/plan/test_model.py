@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llmkern.errors import UserError
-from llmkern.models import GPT, GPTConfig, preset
+from llmkern.models import GPT, GPTConfig, Llama, LlamaConfig, preset
 from llmkern.plan import config
 
 EXACT = {  # released checkpoints, or the closed form where only that is published
@@ -38,6 +38,7 @@ FAMILIES = {
     "gpt_neox": {**SMALL, "intermediate_size": 80},
     "llama": GROUPED,
     "mistral": {**GROUPED, "head_dim": 16},
+    "llama with biases": {**GROUPED, "model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "phi3": {**GROUPED, "pad_token_id": 0},
     "olmo2": GROUPED,
     "qwen2": GROUPED,
@@ -66,10 +67,19 @@ def test_active_parameters():
     assert config.find("deepseek-v3").active == pytest.approx(37e9, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["nano", "shakespeare-char"])
-def test_our_own_gpt(name: str):
-    shape = preset(name, bias=name == "nano")
-    assert config.find(shape).total == sum(p.numel() for p in GPT(shape).parameters())
+@pytest.mark.parametrize(
+    "shape",
+    [
+        preset("nano"),
+        preset("nano", bias=False),
+        LlamaConfig(96, 32, 80, 3, 4, 2, 16, qk_norm=True),
+        LlamaConfig(96, 32, 80, 3, 4, 2, attention_bias=True, tie_word_embeddings=True),
+        LlamaConfig(96, 32, 80, 3, 4, 4, output_bias=True, mlp_bias=True),
+    ],
+)
+def test_our_own_models(shape: GPTConfig | LlamaConfig):
+    module = (GPT if isinstance(shape, GPTConfig) else Llama)(shape)
+    assert config.find(shape).total == sum(p.numel() for p in module.parameters())
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -77,7 +87,8 @@ def test_hugging_face(kind: str, tmp_path):
     """The reader agrees with the module that transformers builds from the same configuration."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    settings = transformers.AutoConfig.for_model(kind, **FAMILIES[kind])
+    fields = dict(FAMILIES[kind])
+    settings = transformers.AutoConfig.for_model(fields.pop("model_type", kind), **fields)
     auto = transformers.AutoModel if kind == "bert" else transformers.AutoModelForCausalLM
     with torch.device("meta"):
         module = auto.from_config(settings)
@@ -94,8 +105,8 @@ def test_unknown_kind_is_told():
 
 
 def test_bad_input(tmp_path):
-    with pytest.raises(UserError, match=r"model is 'llama-3-8b'.*llama-3\.1-8b"):
-        config.find("llama-3-8b")
+    with pytest.raises(UserError, match=r"model is 'llama-3.1-7b'.*llama-3\.1-70b"):
+        config.find("llama-3.1-7b")
     with pytest.raises(UserError, match="layers is None, expected a number under one of num_hidden_layers"):
         config.read({"model_type": "llama", "hidden_size": 8})
     (tmp_path / "config.json").write_text("{")

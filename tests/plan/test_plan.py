@@ -23,6 +23,10 @@ def test_finds_the_fastest_first():
     assert 1 > full > causal > left_out > 0.2
 
 
+def test_prints():
+    assert "Fastest strategies that fit" in str(llmkern.plan("gpt2", "a100"))
+
+
 def test_given_fields_stay():
     given = {"tp": 4, "zero": 1, "recompute": "full", "micro_batch": 2, "flash": False}
     found = llmkern.plan("gpt3-6.7b", "a100", 8, strategy=given)
