@@ -1,6 +1,7 @@
 """llmkern: get a PyTorch GPT past the hardware wall it hits."""
 
 from . import models, nn, ops, optim
+from .lora import lora_, merge_lora_, unmerge_lora_
 from .ops import empty_cache, set_fallback, use
 from .ops.explain import explain
 from .plan import plan
@@ -14,6 +15,8 @@ __all__ = [
     "empty_cache",
     "enable_sdpa",
     "explain",
+    "lora_",
+    "merge_lora_",
     "models",
     "nn",
     "ops",
@@ -24,6 +27,7 @@ __all__ = [
     "set_fallback",
     "swap_",
     "swapped",
+    "unmerge_lora_",
     "use",
 ]
 

@@ -2,6 +2,7 @@
 
 from .build import build, describe
 from .causal import CausalLM
+from .classifier import Classifier, ClassifierConfig
 from .gguf import GGUF, GGUFError
 from .gpt import GPT, GPTConfig
 from .llama import Llama, LlamaConfig
@@ -16,6 +17,8 @@ __all__ = [
     "LLAMA_PRESETS",
     "PRESETS",
     "CausalLM",
+    "Classifier",
+    "ClassifierConfig",
     "GGUFError",
     "GPTConfig",
     "Llama",

@@ -5,6 +5,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..ops.dispatch import fall_back
 from .linear import Linear
+from .lora import LoRA
 from .quant import QuantLinear
 
 
@@ -32,6 +33,6 @@ def must_call(**children: nn.Module) -> str | None:
 
 
 def unfused(what: str, reason: str, *children: nn.Module) -> None:
-    """Tell that `what` calls its children and why, unless they were quantised, and run their own kernels."""
-    if not any(isinstance(child, QuantLinear) for child in children):
+    """Tell that `what` calls its children and why, unless they were quantised or given LoRA on purpose."""
+    if not any(isinstance(child, (QuantLinear, LoRA)) for child in children):
         fall_back(what, reason)
