@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.ffn import ACTIVATIONS, activate
+from ..ops.activation import ACTIVATIONS, activate
 from .children import hooked, unfused
 from .kernel_class import ROLES, Kernel
 from .linear import Linear

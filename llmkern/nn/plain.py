@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import CrossEntropyLoss, LayerNorm, Linear
 
-from ..ops.ffn import GATED
+from ..ops.activation import GATED
 
 __all__ = ["MLP", "Block", "CausalSelfAttention", "CrossEntropyLoss", "GatedMLP", "LayerNorm", "Linear"]
 

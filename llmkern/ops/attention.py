@@ -197,6 +197,7 @@ class ATTENTION(Op):
     samples = staticmethod(attention_samples.samples)
     benchmarks = staticmethod(attention_samples.benchmarks)
     variants = staticmethod(attention_samples.variants)
+    draw = staticmethod(attention_samples.draw)
 
     @staticmethod
     def reference(

@@ -164,3 +164,25 @@ def variants(make: Make) -> Iterator[Sample]:
     both = {"softcap": 30.0, "sinks": make(4), "window": (128, 0)}
     for dim in (128, 256):
         yield Sample(f"head dim {dim}, softcap, sinks, window", qkv(make, 2, 4, 1024, dim), both)
+
+
+def draw(make: Make) -> Sample:
+    h_kv, d, s_q = make.size(3), make.size(80), make.size(90)
+    h, b, s_k = h_kv * make.pick(1, 1, 2, 3), make.size(3), make.pick(s_q, s_q, make.size(150))
+    d_v = make.pick(d, d, make.size(80))
+    shapes = (b, h, s_q, d), (b, h_kv, s_k, d), (b, h_kv, s_k, d_v)
+    scale = make.pick(0.3, 1, 1, 4)
+    kwargs = {"is_causal": make.pick(True, False), "causal_align": make.pick("top_left", "bottom_right")}
+    some = {
+        "attn_mask": make.integers(3, make.pick(1, b), 1, make.pick(1, s_q), s_k) > 0,
+        "window": make.pick((make.size(40), make.size(9)), (make.size(40), -1), (0, 0)),
+        "softcap": make.pick(2.0, 20.0),
+        "alibi_slopes": make(h).abs() / 4,
+        "sinks": make(h),
+        "scale": make.pick(0.1, 0.5),
+        "dropout_p": make.pick(0.1, 0.5),
+    }
+    kwargs |= {name: some[name] for name in make.choices.sample(list(some), make.pick(0, 1, 1, 2))}
+    if "dropout_p" in kwargs:
+        kwargs["dropout_seed"] = make.integers(2**62)
+    return Sample("random", tuple(make.laid_out(*shape, scale=scale) for shape in shapes), kwargs)

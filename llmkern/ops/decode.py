@@ -318,6 +318,10 @@ class DECODE_ATTENTION(Op):
         yield from decode_samples.benchmarks(make)
 
     @staticmethod
+    def draw(make: Make) -> Sample:
+        return decode_samples.draw(make)
+
+    @staticmethod
     def variants(make: Make) -> Iterator[Sample]:
         yield from decode_samples.variants(make)
 

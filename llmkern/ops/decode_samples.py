@@ -104,3 +104,26 @@ def variants(make: Make) -> Iterator[Sample]:
     slopes = torch.ones(32).to(make.device)
     moved = inputs(make, 2, 32, 4, 1024, 128, (9, 9), window=(64, 0), softcap=30.0, alibi_slopes=slopes)
     yield Sample("window, softcap, alibi", *moved)
+
+
+def draw(make: Make) -> Sample:
+    b, h_kv, d, s_q = make.size(3), make.size(3), 2 * make.size(40), make.pick(1, 1, 2, 5)
+    h, room = h_kv * make.pick(1, 2, 3), make.pick(40, 150, 300)
+    kwargs = {"return_lse": True, "scale": make.pick(None, 0.2)}
+    some = {
+        "window": (make.size(30), 0),
+        "softcap": make.pick(2.0, 20.0),
+        "alibi_slopes": make(h).abs() / 4,
+        "sinks": make(h),
+        **({"rope": True} if make.pick(0, 1) else {}),
+    }
+    kwargs |= {name: some[name] for name in make.choices.sample(list(some), make.pick(0, 1, 2))}
+    if kwargs.pop("rope", False):
+        kwargs |= rope(make, room, make.size(d // 2)) | {"interleaved": make.pick(True, False)}
+    lengths = [make.choices.randrange(room - s_q + 1) for _ in range(b)]
+    if make.pick(0, 1):
+        size = make.pick(8, 16)
+        arguments = paged(make, b, h, h_kv, -(-room // size), size, d, lengths, s_q, **kwargs)
+    else:
+        arguments = inputs(make, b, h, h_kv, room, d, lengths, s_q, **kwargs)
+    return Sample("random", *(quantised(make, arguments) if make.pick(0, 0, 1) else arguments))

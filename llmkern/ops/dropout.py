@@ -136,6 +136,12 @@ class DROPOUT(Op):
         yield Sample("not training", (make(3, 5), 0.5, False), {})
 
     @staticmethod
+    def draw(make: Make) -> Sample:
+        shape = [make.size(20) for _ in range(make.pick(1, 2, 3))]
+        kwargs = {"seed": make.integers(2**62), "residual": make.pick(None, make(*shape))}
+        return Sample("random", (make.laid_out(*shape), make.choices.random()), kwargs)
+
+    @staticmethod
     def benchmarks(make: Make) -> Iterator[Sample]:
         yield Sample("8192x768", (make(8192, 768), 0.1), {})
         yield Sample("8192x768 + residual", (make(8192, 768), 0.1), {"residual": make(8192, 768)})

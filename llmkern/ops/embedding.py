@@ -82,7 +82,8 @@ def _check(
 
 
 def _flat(idx: Tensor | None) -> Tensor | None:
-    return None if idx is None else idx.reshape(-1).to(torch.int64)
+    """(N,) int64, contiguous: a flattened expanded tensor can be a view whose elements share one address."""
+    return None if idx is None else idx.reshape(-1).to(torch.int64).contiguous()
 
 
 def _in_range(idx: Tensor, rows: int, what: str) -> None:
@@ -193,6 +194,13 @@ class EMBEDDING(Op):
         yield Sample("int32", (make.integers(9, 2, 5).int(), make(9, 8)), {})
         yield Sample("empty", (make.integers(9, 0), make(9, 8), make(2, 8)), {})
         yield Sample("strided", (make.integers(9, 5, 4).t(), make(8, 9).t()), {})
+
+    @staticmethod
+    def draw(make: Make) -> Sample:
+        rows, dim, shape = make.size(40), make.size(70), (make.size(4), make.size(20))
+        kwargs = {"padding_idx": make.choices.randrange(rows)} if make.pick(0, 0, 1) else {}
+        positions = make.pick(None, make.laid_out(shape[1] + make.pick(0, 3), dim))
+        return Sample("random", (make.integers(rows, *shape), make.laid_out(rows, dim), positions), kwargs)
 
     @staticmethod
     def benchmarks(make: Make) -> Iterator[Sample]:

@@ -1,18 +1,16 @@
 """Feed-forward networks: linear, activation, linear, with or without a gate."""
 
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import philox
-from .op import Make, Op, Sample, autocast, empty, opmath, register, rows
+from . import ffn_samples, philox
+from .activation import ACTIVATIONS, GATED, activate, derivative
+from .op import Op, autocast, empty, opmath, register, rows
 from .sharding import SUM, Split, wanted
 
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "relu2")
-GATED = {"reglu": "relu", "geglu": "gelu", "swiglu": "silu"}  # Shazeer 2020
 OUTPUT_ROWS = 2**62  # dropout of outputs takes its numbers from rows behind those of hidden activations
 
 
@@ -122,35 +120,6 @@ def _check(activation, f, x, weight_in, bias_in, weight_gate, bias_gate, weight_
         raise ValueError("ffn: bias_gate is given without weight_gate")
 
 
-def activate(u: Tensor, f: str) -> Tensor:
-    """f(u), by its formula; gelu: Hendrycks, Gimpel 2016, arXiv:1606.08415, sec. 2."""
-    if f == "relu":
-        return u.relu()
-    if f == "relu2":
-        return u.relu().square()
-    if f == "silu":
-        return u * u.sigmoid()
-    if f == "gelu":
-        return 0.5 * u * (1 + (u / math.sqrt(2)).erf())
-    return 0.5 * u * (1 + (math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)).tanh())
-
-
-def derivative(u: Tensor, f: str) -> Tensor:
-    """f'(u)."""
-    if f == "relu":
-        return (u > 0).to(u.dtype)
-    if f == "relu2":
-        return 2 * u.relu()
-    if f == "silu":
-        s = u.sigmoid()
-        return s * (1 + u * (1 - s))
-    if f == "gelu":
-        return 0.5 * (1 + (u / math.sqrt(2)).erf()) + u * (-0.5 * u * u).exp() / math.sqrt(2 * math.pi)
-    c = math.sqrt(2 / math.pi)
-    t = (c * (u + 0.044715 * u**3)).tanh()
-    return 0.5 * (1 + t) + 0.5 * u * (1 - t * t) * c * (1 + 3 * 0.044715 * u * u)
-
-
 def _factors(like: Tensor, seed: Tensor | None, p: float, first_row: int = 0) -> Tensor | float:
     """What dropout multiplies the elements of `like`, (N, C), by."""
     if seed is None or p == 0:
@@ -184,6 +153,10 @@ class FFN(Op):
     passes = {"residual": 0}
     constant = ("dropout_seed",)
     public = staticmethod(ffn)
+    samples = staticmethod(ffn_samples.samples)
+    benchmarks = staticmethod(ffn_samples.benchmarks)
+    variants = staticmethod(ffn_samples.variants)
+    draw = staticmethod(ffn_samples.draw)
 
     @staticmethod
     def reference(
@@ -329,64 +302,6 @@ class FFN(Op):
             kept = _factors(y.flatten(0, -2), dropout_seed, output_dropout_p, OUTPUT_ROWS)
             y = (y * kept.view(y.shape)).to(x.dtype)
         return y if residual is None else residual + y
-
-    @staticmethod
-    def samples(make: Make) -> Iterator[Sample]:
-        def layer(n, d, f, out=None):
-            out = out or d
-            s = 1 / math.sqrt(d)
-            return make(n, d), make(f, d, scale=s), make(f), make(out, f, scale=1 / math.sqrt(f)), make(out)
-
-        for f in ACTIVATIONS:
-            yield Sample(f, (*layer(9, 32, 64), f), {})
-        for f in GATED:
-            gate = {"weight_gate": make(48, 32, scale=0.2), "bias_gate": make(48)}
-            yield Sample(f, (*layer(9, 32, 48), f), gate)
-        yield Sample("larger", (*layer(130, 96, 384), "gelu"), {})
-        yield Sample("prime sizes", (*layer(13, 37, 71, 29), "gelu_tanh"), {})
-        yield Sample("ones", (*layer(1, 1, 1), "silu"), {})
-        x, w_in, _, w_out, _ = layer(6, 40, 80)
-        yield Sample("no bias", (x.view(2, 3, 40), w_in, None, w_out, None, "relu"), {})
-        yield Sample(
-            "no bias, gate", (x, w_in, None, w_out, None, "swiglu"), {"weight_gate": make(80, 40, scale=0.2)}
-        )
-        x, w_in, b_in, w_out, b_out = layer(20, 24, 56)
-        transposed = (w_in.t().contiguous().t(), b_in, w_out.t().contiguous().t(), b_out)
-        yield Sample("transposed weights", (x, *transposed, "gelu"), {})
-        yield Sample("strided x", (make(20, 48)[:, ::2], w_in, b_in, w_out, b_out, "gelu"), {})
-        yield Sample("empty", (make(0, 24), w_in, b_in, w_out, b_out, "gelu"), {})
-        yield Sample("large", (100 * x, w_in, b_in, w_out, b_out, "gelu"), {})
-        residual = {"residual": make(3, 7, 29)}
-        x, *weights = layer(21, 37, 71, 29)
-        yield Sample("residual", (x.view(3, 7, 37), *weights, "silu"), residual)
-        yield Sample("recompute", (x, *weights, "gelu"), {"recompute": True})
-        seed = {"dropout_seed": make.integers(2**62)}
-        gate = {"weight_gate": make(71, 37, scale=0.2), "recompute": True}
-        yield Sample("dropout", (x, *weights, "gelu"), {"dropout_p": 0.3, **seed})
-        both = {"dropout_p": 0.5, "output_dropout_p": 0.2, **seed}
-        yield Sample("everything", (x.view(3, 7, 37), *weights, "swiglu"), {**gate, **both, **residual})
-
-    @staticmethod
-    def benchmarks(make: Make) -> Iterator[Sample]:
-        for n, d in ((2048, 384), (2048, 768)):
-            w_in, w_out = make(4 * d, d, scale=d**-0.5), make(d, 4 * d, scale=(4 * d) ** -0.5)
-            yield Sample(f"{n}x{d}x{4 * d} gelu", (make(n, d), w_in, make(4 * d), w_out, make(d), "gelu"), {})
-        n, d, f = 2048, 768, 2048
-        w_in, w_gate = make(f, d, scale=d**-0.5), make(f, d, scale=d**-0.5)
-        args = (make(n, d), w_in, None, make(d, f, scale=f**-0.5), None, "swiglu")
-        yield Sample(f"{n}x{d}x{f} swiglu", args, {"weight_gate": w_gate})
-
-    @staticmethod
-    def variants(make: Make) -> Iterator[Sample]:
-        w_in, w_out = make(1024, 256), make(256, 1024)
-        options = {"dropout_p": 0.1, "output_dropout_p": 0.1, "dropout_seed": make.integers(2**62)}
-        options |= {"residual": make(512, 256)}
-        yield Sample("dropout", (make(512, 256), w_in, None, w_out, None, "gelu"), options)
-        yield Sample(
-            "gate and dropout",
-            (make(512, 256), w_in, None, w_out, None, "swiglu"),
-            {"weight_gate": w_in, **options},
-        )
 
     @staticmethod
     def condition(x, weight_in, *args, **kwargs) -> float:

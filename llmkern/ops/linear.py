@@ -137,6 +137,13 @@ class LINEAR(Op):
             yield Sample(f"{n}x{d}x{out}", (make(n, d), make(out, d, scale=d**-0.5), make(out)), {})
 
     @staticmethod
+    def draw(make: Make) -> Sample:
+        n, d, out = make.size(70), make.size(150), make.size(100)
+        x = make.laid_out(*make.pick((n, d), (2, n, d), (d,)), scale=make.pick(0.01, 1, 100))
+        bias = make.pick(None, make(out))
+        return Sample("random", (x, make.laid_out(out, d, scale=d**-0.5), bias), {})
+
+    @staticmethod
     def condition(input, weight, bias=None) -> float:
         """Rounding errors of a sum of D terms grow with √D."""
         return math.sqrt(weight.shape[1])

@@ -293,8 +293,19 @@ class LINEAR_CROSS_ENTROPY(Op):
         yield Sample("everything", args, kwargs | {"label_smoothing": 0.1})
 
     @staticmethod
+    def draw(make: Make) -> Sample:
+        n, d, c = make.size(30), make.size(50), make.size(200)
+        target = torch.where(make.integers(4, n) == 0, make.pick(-100, 0), make.integers(c, n))
+        head = make.laid_out(c, d, scale=make.pick(0.1, 1, 3) * d**-0.5)
+        kwargs = {"reduction": make.pick("sum", "none"), "label_smoothing": make.pick(0.0, 0.1)}
+        kwargs |= {"z_loss": make.pick(0.0, 1e-2), "softcap": make.pick(None, 4.0)}
+        kwargs |= {"linear_bias": make.pick(None, make(c)), "weight": make.pick(None, make(c).abs())}
+        return Sample("random", (make.laid_out(n, d), head, target), kwargs)
+
+    @staticmethod
     def condition(input, linear_weight, target, **kwargs) -> float:
-        """The largest possible |x·w|: by it one rounding of a logit moves an exponential."""
+        """The largest |x·w| possible, by which a rounding of a logit moves an exponential; √N for sums."""
         if not input.numel():
             return 0.0
-        return (input.norm(dim=-1).max() * linear_weight.norm(dim=-1).max()).item()
+        largest = (input.norm(dim=-1).max() * linear_weight.norm(dim=-1).max()).item()
+        return largest + math.sqrt(target.numel())

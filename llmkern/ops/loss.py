@@ -221,6 +221,14 @@ class CROSS_ENTROPY(Op):
             yield Sample(f"{n}x{c}", (make(n, c), make.integers(c, n)), {})
 
     @staticmethod
+    def draw(make: Make) -> Sample:
+        n, c = make.size(30), make.size(400)
+        z = make.laid_out(n, c, scale=make.pick(0.1, 1, 20)) + make.pick(0, 0, 50)
+        target = torch.where(make.integers(4, n) == 0, make.pick(-100, 0), make.integers(c, n))
+        kwargs = {"reduction": make.pick("sum", "none"), "label_smoothing": make.pick(0.0, 0.1)}
+        return Sample("random", (z, target, make.pick(None, make(c).abs())), kwargs)
+
+    @staticmethod
     def variants(make: Make) -> Iterator[Sample]:
         args = make(64, 50257), make.integers(50257, 64), make(50257)
         yield Sample("weight and smoothing", args, {"label_smoothing": 0.1})

@@ -156,6 +156,14 @@ class Norm(Op):
             yield Sample(f"{n}x{d} + residual", (make(n, d), (d,), *params), {"residual": make(n, d)})
 
     @staticmethod
+    def draw(make: Make, weights: int) -> Sample:
+        shape = (*(make.size(12) for _ in range(make.pick(1, 2))), make.size(300))
+        x = make.laid_out(*shape, scale=make.pick(1e-2, 1, 1, 100)) + make.pick(0, 0, 3)
+        params = [make(shape[-1]) if make.pick(0, 1, 1) else None for _ in range(weights)]
+        kwargs = {"residual": make.laid_out(*shape)} if make.pick(0, 1) else {}
+        return Sample("random", (x, shape[-1:], *params), kwargs | {"eps": make.pick(1e-5, 1e-6)})
+
+    @staticmethod
     def variants(make: Make) -> Iterator[Sample]:
         for width in (8192, 20000):  # the longest row that is one block, and one of several
             yield Sample(f"64x{width}", (make(64, width), (width,), make(width)), {})
@@ -245,6 +253,10 @@ class LAYER_NORM(Norm):
     def benchmarks(make):
         yield from Norm.benchmarks(make, weights=2)
 
+    @staticmethod
+    def draw(make):
+        return Norm.draw(make, weights=2)
+
 
 @register
 class RMS_NORM(Norm):
@@ -321,6 +333,10 @@ class RMS_NORM(Norm):
     @staticmethod
     def benchmarks(make):
         yield from Norm.benchmarks(make, weights=1)
+
+    @staticmethod
+    def draw(make):
+        return Norm.draw(make, weights=1)
 
 
 def _kept(h: Tensor, x: Tensor, residual: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ benchmarks, documentation and `diagnose` read the same record.
 
 import inspect
 import math
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -62,9 +63,11 @@ class Make:
     device: str = "cpu"
     seed: int = 0
     generator: torch.Generator = field(init=False)
+    choices: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
+        self.choices = random.Random(self.seed)
 
     def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
         x = torch.randn(shape, generator=self.generator) * scale
@@ -72,6 +75,28 @@ class Make:
 
     def integers(self, high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=self.generator).to(self.device)
+
+    def pick(self, *values: Any) -> Any:
+        """One of `values`."""
+        return self.choices.choice(values)
+
+    def size(self, high: int) -> int:
+        """A size from 1 to `high`: small ones, and those around multiples of 16, more often."""
+        around = 16 * self.choices.randint(1, max(1, high // 16)) + self.choices.randint(-1, 1)
+        return min(
+            high, self.pick(1, self.choices.randint(1, min(high, 9)), self.choices.randint(1, high), around)
+        )
+
+    def laid_out(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """A normal tensor of this shape with any strides and offset."""
+        layout = self.choices.randrange(5)
+        if layout == 0 and len(shape) > 1:
+            return self(*shape[:-2], shape[-1], shape[-2], scale=scale).mT
+        if layout == 1:
+            return self(*shape[:-1], 2 * shape[-1], scale=scale)[..., ::2]
+        if layout == 2:  # starts between two cache lines
+            return self(math.prod(shape) + 3, scale=scale)[3:].view(shape)
+        return self(*shape, scale=scale)
 
 
 class Op:
@@ -100,12 +125,13 @@ class Op:
         public(...)                            the function that users call
         eager(...)                             the same by torch itself, with the same arguments
         samples(make), benchmarks(make)        arguments of `public`, ordinary and nasty; realistic
+        draw(make)                             arguments of `public` drawn at random, for fuzzing
         variants(make)                         further ones, that with `benchmarks` reach every variant
                                                of the Triton kernels: compiled ahead of time, not run
         condition(*args, **kwargs)             S of the error rule (docs/numerics.md)
 
     An op without `gradients` has no backward half: of the above it needs reference, outputs, flops,
-    public, eager, samples and benchmarks.  One that `mutates` arguments writes to them in place;
+    public, eager, samples, benchmarks and draw.  One that `mutates` arguments writes to them in place;
     these have the same names in `public` and `eager`, and may be lists of tensors.
     """
 

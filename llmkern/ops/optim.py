@@ -218,6 +218,17 @@ class ADAMW(Op):
         yield _coded("8 bits, zeros", tuple([0 * t for t in many] for many in _lists(make, 300)))
 
     @staticmethod
+    def draw(make):
+        p, g, m, v = _lists(make, *(make.size(300) for _ in range(make.size(4))))
+        kwargs = {"step": make.size(50), "lr": make.pick(1e-3, 0.1), "weight_decay": make.pick(0.0, 0.1)}
+        kwargs |= {"maximize": make.pick(False, True), "eps": make.pick(1e-8, 1e-3)}
+        if make.pick(0, 1):
+            kwargs["max_exp_avg_sqs"] = [t * make.pick(0.5, 2) for t in v]
+        if make.pick(0, 1):
+            kwargs["grad_scale"] = make(1).float().abs().view(())
+        return Sample("random", (p, g, m, v), kwargs)
+
+    @staticmethod
     def benchmarks(make):
         yield Sample("one of 4 Mi", _lists(make, 2**22), {"step": 10})
         yield Sample("64 of 64 Ki", _lists(make, *[2**16] * 64), {"step": 10})
@@ -267,6 +278,11 @@ class GRAD_NORM(Op):
             yield Sample(f"sizes {sizes}", ([make(n) for n in sizes],), {})
         yield Sample("zeros", ([make(9) * 0],), {})
         yield Sample("a matrix and its transpose", ([(x := make(5, 9)), x.t()],), {})
+
+    @staticmethod
+    def draw(make):
+        scale = make.pick(1e-3, 1, 1e3)
+        return Sample("random", ([make(make.size(500), scale=scale) for _ in range(make.size(5))],), {})
 
     @staticmethod
     def benchmarks(make):

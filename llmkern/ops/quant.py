@@ -206,6 +206,14 @@ class QUANT_LINEAR(Op):
             yield Sample(f"int8 {n}x816x100", (make(n, 816), *quantize(make(100, 816)), make(100)), {})
 
     @staticmethod
+    def draw(make: Make) -> Sample:
+        n, d, out = make.size(70), 32 * make.size(6), make.size(70)
+        groups = make.pick(None, *(g for g in (32, 64, 96) if not d % g))
+        q = quantize(make(out, d, scale=d**-0.5), make.pick(4, 8), groups, make.pick(True, False))
+        x = make.laid_out(n, d, scale=make.pick(0.1, 1, 10))
+        return Sample("random", (x, *q, make.pick(None, make(out))), {})
+
+    @staticmethod
     def condition(input, qweight, scales, mins=None, bias=None) -> float:
         """Rounding errors of a sum of D terms grow with √D; s q and m may be larger than their sum w."""
         growth = math.sqrt(input.shape[-1])

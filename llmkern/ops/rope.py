@@ -165,6 +165,15 @@ class Rope(Op):
         yield _sample(make, 4, 16, 16, 2048, 256, rotary=64, interleaved=True)
 
     @staticmethod
+    def draw(make: Make) -> Sample:
+        batch, length, dim = make.size(3), make.size(20), 2 * make.size(64)
+        kwargs = {"interleaved": make.pick(False, True), "rotary": make.pick(None, 2 * make.size(dim // 2))}
+        if make.pick(0, 1):
+            shape = make.pick((length,), (batch, length))
+            kwargs |= {"positions": length + 5, "position_ids": make.integers(length + 5, *shape)}
+        return _sample(make, batch, make.size(5), make.size(5), length, dim, **kwargs)
+
+    @staticmethod
     def variants(make: Make) -> Iterator[Sample]:
         yield _sample(make, 2, 8, 8, 64, 64, position_ids=make.integers(64, 2, 64), interleaved=True)
         yield _sample(make, 2, 8, 8, 64, 80, rotary=32)

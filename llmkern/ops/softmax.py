@@ -97,6 +97,12 @@ class RowOp(Op):
         for n, d in ((8192, 1024), (1024, 50257)):
             yield Sample(f"{n}x{d}", (make(n, d),), {})
 
+    @staticmethod
+    def draw(make: Make) -> Sample:
+        shape = [make.size(20) for _ in range(make.pick(0, 1, 2))]
+        x = make.laid_out(*shape, make.size(300), scale=make.pick(0.01, 1, 30))
+        return Sample("random", (x, make.pick(-1, -1, *range(x.dim()))), {})
+
 
 @register
 class SOFTMAX(RowOp):

@@ -34,7 +34,7 @@ def halves(op: Op, sample) -> dict[str, tuple]:
 
 @each_op
 def test_the_record_is_complete(op: Op):
-    needed = ["reference", "outputs", "flops", "public", "eager"]
+    needed = ["reference", "outputs", "flops", "public", "eager", "draw"]
     if op.gradients:
         needed += ["save", "replay", "reference_bwd", "outputs_bwd", "flops_bwd"]
     for name in needed:

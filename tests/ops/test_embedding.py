@@ -133,3 +133,12 @@ def test_one_sentence(call, words: str):
     message = str(caught.value)
     assert words in message
     assert "\n" not in message and len(message) < 200
+
+
+def test_positions_of_sequences_of_one_token(backend: str, device: str):
+    """Their expanded position ids flatten to a view whose elements share one address."""
+    tables = torch.arange(8.0, device=device).view(4, 2), torch.arange(6.0, device=device).view(3, 2)
+    idx = torch.tensor([[1], [3], [0]], device=device)
+    with ops.use(backend):
+        y = ops.embedding(idx, *tables)
+    assert torch.equal(y, tables[0][idx] + tables[1][0])
