@@ -1,6 +1,7 @@
 """llmkern: get a PyTorch GPT past the hardware wall it hits."""
 
 from . import models, nn, ops, optim
+from .compile import backend
 from .lora import lora_, merge_lora_, unmerge_lora_
 from .ops import empty_cache, set_fallback, use
 from .ops.explain import explain
@@ -11,6 +12,7 @@ from .swap import disable_sdpa, enable_sdpa, restore_, swap_, swapped
 __all__ = [
     "Int4WeightOnly",
     "Int8WeightOnly",
+    "backend",
     "disable_sdpa",
     "empty_cache",
     "enable_sdpa",

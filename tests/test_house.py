@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "llmkern/ops": {"ops", "_cpu"},
     "llmkern/nn": {"nn", "ops"},
     "llmkern/swap": {"swap", "nn", "ops", "report"},
+    "llmkern/compile": {"compile", "nn", "ops", "report"},
     "llmkern/models": {"models", "nn", "ops", "errors"},
     "llmkern/text": {"text", "durable", "errors"},
     "llmkern/plan": {"plan", "models", "errors", "display"},
