@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from llmkern import machine
-from llmkern.plan.simulate import published
+from llmkern.plan.record import predict, published, published_seconds
 
-from .plan_rows import Group, groups, predict, published_seconds
+from .plan_rows import Group, groups
 from .report import make_console
 
 

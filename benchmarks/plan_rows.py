@@ -9,7 +9,7 @@ from llmkern.plan import RECIPES, Strategy, config, energy, hardware, memory, st
 from llmkern.plan.api import plan
 from llmkern.plan.flops import CONVENTIONS, flops
 from llmkern.plan.hardware import GIB
-from llmkern.plan.simulate import published
+from llmkern.plan.record import predict, published, published_seconds
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ def groups() -> Iterator[Group]:
 
 
 def _row(name: str, stated: float, ours: float, entry: dict[str, Any], note: str = "") -> Row:
+    if not entry.get("reread", True):
+        note = f"{note}{'; ' * bool(note)}setting or figure not reread in the paper"
     return Row(name, stated, ours, ours / stated - 1, published()["sources"][entry["source"]], note)
 
 
@@ -201,28 +203,6 @@ def torchtitan() -> Group:
         "and buffers of collectives are not modelled)."
     )
     return Group("Peak memory of Llama 3.1 under torchtitan", "GiB reserved", rows, target=0.08, about=about)
-
-
-def predict(e: dict[str, Any], efficiency: float = step.EFFICIENCY) -> step.StepTime:
-    """The step time of a published run."""
-    model, device = config.find(e["model"]), hardware.find(e["device"])
-    strategy, recipe = Strategy(**e["strategy"]), RECIPES[e["recipe"]]
-    return step.predict(model, device, strategy, recipe, e["batch"], e["seq"], efficiency=efficiency)
-
-
-def published_seconds(e: dict[str, Any]) -> float:
-    """Seconds of an iteration of a published run, from the figure that its paper prints.
-
-    "hardware TFLOP/s" of Megatron's papers is 96 B s L d² (1 + s/6d + V/16Ld) (arXiv:2104.04473, equation 3).
-    """
-    tokens, devices = e["batch"] * e["seq"], Strategy(**e["strategy"]).devices
-    work = flops(config.find(e["model"]), e["seq"])
-    if e["unit"] == "s":
-        return e["published"]
-    if e["unit"] == "tokens/s":
-        return tokens / e["published"]
-    per_token = work.training() if e["unit"].startswith("model") else work.hardware("full")
-    return tokens * per_token / (e["published"] * 1e12 * devices)
 
 
 def step_times(kind: str) -> Group:

@@ -182,7 +182,10 @@ def default_batch(model: Model, seq: int, devices: int) -> int:
     )
 
 
-def serve(model: Model, device: Hardware, sequences: int, prompt: int, reply: int, dtype: str):
+def serve(
+    model: Model, device: Hardware, sequences: int = 1, prompt: int = 2048, reply: int = 256,
+    dtype: str = "bfloat16",
+) -> Inference | None:  # fmt: skip
     """Inference on the fewest devices of a node that hold weights and cache; None if a node does not."""
     count = 1
     while count <= device.node and count <= model.heads:

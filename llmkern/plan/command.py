@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..errors import UserError
-from . import config, energy, hardware
-from .api import KERNELS, Plan, plan
+from . import config, energy, hardware, search
+from .api import KERNELS, Plan, plan, serve
 from .flops import Recompute
 from .strategy import RECIPES
 
@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     cost.add_argument("--grid", default="world", help=f"grams of CO2e a kWh, or {', '.join(energy.GRIDS)}")
     served = parser.add_argument_group("inference")
+    served.add_argument("--serve", action="store_true", help="inference alone")
     served.add_argument("--sequences", type=int, default=1, metavar="N", help="at once")
     served.add_argument("--prompt", type=int, metavar="TOKENS")
     served.add_argument("--reply", type=int, default=256, metavar="TOKENS")
@@ -75,11 +76,33 @@ def run(args: argparse.Namespace) -> int:
             show.scaling(points)
             show.line(f"saved {simulate.plot(args.out, points, args.on)}")
         return 0
+    if args.serve:
+        return _serve(args)
     found = plan(args.model, args.on, args.gpus, **settings)
     if args.json:
         _print_json(as_json(found))
     else:
         show.plan(found)
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    """Inference alone: also for models that could not be trained there."""
+    from . import show
+
+    model, device = config.find(args.model), hardware.find(args.on)
+    prompt = args.prompt or min(args.seq or 2048, model.context)
+    found = serve(model, device, args.sequences, prompt, args.reply, args.dtype)
+    if found is None:
+        need = search.both(2 * model.total)
+        raise UserError(
+            f"{model.name} needs {need} for its weights in 16 bits, and room for its cache; a node has "
+            f"{device.node} x {search.both(device.memory)}"
+        )
+    if args.json:
+        _print_json(dataclasses.asdict(found))
+    else:
+        show.inference(found)
     return 0
 
 

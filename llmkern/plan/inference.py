@@ -67,7 +67,7 @@ def predict(model: Model, device: Hardware, devices: int, sequences: int, prompt
     first["communication"] = _all_reduces(model, device, s, sequences * prompt)
     last = _thin("head", sequences, model.vocab / devices, model.width)
     first[rates.wall(last)] += rates.seconds(last)
-    later = _layers(model, lambda expert: _decode(model, s, prompt + reply / 2, expert), rates)
+    later = _layers(model, lambda expert: decode_work(model, s, prompt + reply / 2, expert), rates)
     later["communication"] = _all_reduces(model, device, s, sequences)
     later[rates.wall(last)] += rates.seconds(last)
     times = sum(first.values()), sum(later.values())
@@ -88,7 +88,7 @@ def _layers(model: Model, ops, rates: work.Rates) -> dict[str, float]:
     return total
 
 
-def _decode(model: Model, s: Strategy, context: float, expert: bool) -> Iterator[Work]:
+def decode_work(model: Model, s: Strategy, context: float, expert: bool = False) -> Iterator[Work]:
     """The ops of one layer for one new token of every sequence: weights and cache are read once.
 
     Of a mixture of experts those are read that at least one of the tokens visits, routing taken as random.

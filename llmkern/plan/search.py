@@ -134,6 +134,8 @@ def _does_not_fit(job: Job, fixed: dict, least: Memory) -> str:
         f"{job.model.name} does not fit on {job.devices} x {job.device.title}: the least of all strategies "
         f"is {both(need)} a device, {both(over)} too much, most of it {part}"
     )
+    if job.devices == 1:
+        text += "; --serve plans inference alone"
     more = job.devices
     while more < 2**16:
         more *= 2

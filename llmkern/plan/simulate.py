@@ -1,16 +1,14 @@
 """Step time from 1 to 16,384 devices, beside what was published at scale."""
 
-import json
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from . import config, hardware
+from . import config
 from .api import default_batch, plan
-from .flops import flops
-from .strategy import Strategy
+from .record import PAPERS
+from .record import points as published_runs
 
 MOST = 16384
 
@@ -26,12 +24,6 @@ class Point:
     tokens_per_second: float
     mfu: float
     wall: str
-
-
-@cache
-def published() -> dict[str, Any]:
-    """The published record: runs, parameters, memory, energy, each with its source."""
-    return json.loads(Path(__file__).with_name("published.json").read_text())
 
 
 def scaling(
@@ -64,25 +56,8 @@ def scaling(
     return points
 
 
-def published_points() -> list[tuple[str, int, float]]:
-    """(paper, devices, MFU with attention whole) of the published Megatron and Llama 3 runs."""
-    result = []
-    for run in [*published()["steps_fitted"], *published()["steps_other"]]:
-        paper = run["run"].split(" ")[0]
-        if paper not in ("Megatron", "Megatron-Core", "Llama") or "PTD-P" in run["run"]:
-            continue
-        strategy, device = Strategy(**run["strategy"]), hardware.find(run["device"])
-        rate = run["published"] * 1e12
-        if run["unit"].startswith("hardware"):
-            work = flops(config.find(run["model"]), run["seq"])
-            rate *= work.training() / work.hardware(strategy.recompute)
-        names = {"Megatron": "Megatron 2021, A100", "Megatron-Core": "Megatron-Core 2024, H100"}
-        result.append((names.get(paper, "Llama 3 405B, H100"), strategy.devices, rate / device.peak()))
-    return result
-
-
 def plot(path: Path, points: list[Point], on: str) -> Path:
-    """Save a PNG of MFU and step time by devices, with the published points.
+    """Save a PNG of MFU and step time by devices, with the published runs and what is planned of each.
 
     Raises:
         UserError: matplotlib is missing.
@@ -96,9 +71,12 @@ def plot(path: Path, points: list[Point], on: str) -> Path:
     devices = [p.devices for p in points]
     left.plot(devices, [100 * p.mfu for p in points], "o-", color="#c2410c", label=f"planned, {on}")
     marks = iter("s^D")
-    for name in dict.fromkeys(name for name, *_ in published_points()):
-        xs, ys = zip(*((n, 100 * part) for label, n, part in published_points() if label == name))
-        left.plot(xs, ys, next(marks), color="#6b7280", mfc="none", label=f"published, {name}")
+    for paper in PAPERS.values():
+        runs = [run for run in published_runs() if run.paper == paper]
+        xs, mark = [run.devices for run in runs], next(marks)
+        left.plot(xs, [100 * r.published for r in runs], mark, color="#374151", mfc="none", label=paper)
+        left.plot(xs, [100 * r.planned for r in runs], mark, color="#c2410c", markersize=3)
+    left.plot([], [], "o", color="#c2410c", markersize=3, label="planned of the same runs")
     left.set(xscale="log", xlabel="devices", ylabel="MFU (%), attention counted whole", ylim=(0, None))
     right.plot(devices, [p.seconds for p in points], "o-", color="#c2410c")
     right.set(xscale="log", yscale="log", xlabel="devices", ylabel="seconds of a step")

@@ -8,7 +8,7 @@ import pytest
 import llmkern
 from llmkern.cli import main
 from llmkern.errors import UserError
-from llmkern.plan import Strategy, config, energy, hardware, inference, simulate
+from llmkern.plan import Strategy, config, energy, hardware, inference, record, simulate
 from llmkern.plan.strategy import check
 
 
@@ -141,6 +141,16 @@ def test_command(capsys):
     assert "h100-sxm-80gb" in capsys.readouterr().out
 
 
+def test_command_serves(capsys):
+    """Inference needs no optimizer: 8 B fit on the one card that could not train them."""
+    assert main(["plan", "llama-3.1-8b", "--on", "h100"]) == 2
+    assert "--serve" in capsys.readouterr().err
+    assert main(["plan", "llama-3.1-8b", "--on", "h100", "--serve"]) == 0
+    assert "decode" in capsys.readouterr().out
+    assert main(["plan", "llama-3.1-405b", "--on", "rtx-4090", "--serve"]) == 2
+    assert "needs 756.0 GiB (811.7 GB)" in capsys.readouterr().err
+
+
 def test_command_prints_json(capsys):
     assert main(["plan", "gpt2", "--on", "a100", "--gpus", "4", "--tp", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -172,13 +182,14 @@ def test_simulate(tmp_path, capsys):
     same = [p for p in points if p.batch == points[0].batch]
     assert all(b.seconds < a.seconds for a, b in pairwise(same))
     assert simulate.plot(tmp_path / "s.png", points, "a100").stat().st_size > 10_000
-    labels = {label for label, *_ in simulate.published_points()}
-    assert labels == {"Megatron 2021, A100", "Megatron-Core 2024, H100", "Llama 3 405B, H100"}
 
 
-def test_published_points_are_the_papers():
+def test_published_runs_are_the_papers():
     """Llama 3 prints 43 % and 41 %; Megatron's 1T at 163 TFLOP/s with recomputation is 39 % without."""
-    llama = [part for label, _, part in simulate.published_points() if label.startswith("Llama")]
+    runs = record.points()
+    assert {run.paper for run in runs} == set(record.PAPERS.values())
+    llama = [run.published for run in runs if run.paper.startswith("Llama")]
     assert llama[0] == pytest.approx(0.43, abs=0.01) and llama[1] == pytest.approx(0.41, abs=0.01)
-    largest = [part for label, n, part in simulate.published_points() if n == 3072 and "2021" in label]
-    assert largest[0] == pytest.approx(0.393, abs=0.002)
+    (largest,) = [run for run in runs if run.devices == 3072 and "2021" in run.paper]
+    assert largest.published == pytest.approx(0.393, abs=0.002)
+    assert largest.planned == pytest.approx(largest.published, rel=0.08)

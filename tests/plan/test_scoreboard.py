@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import plan_rows
 from benchmarks.plan import main
-from llmkern.plan import step
+from llmkern.plan import record, step
 
 GROUPS = {group.title: group for group in plan_rows.groups()}
 MAY_MISS = {"Peak memory of Llama 3.1 under torchtitan": 3}  # explained below its table
@@ -24,10 +24,10 @@ def test_iteration_times():
 
 
 def test_calibration_is_the_best_of_its_grid():
-    rows = plan_rows.published()["steps_fitted"]
+    rows = record.published()["steps_fitted"]
 
     def error(value: float) -> float:
-        return sum(abs(plan_rows.predict(e, value).total / plan_rows.published_seconds(e) - 1) for e in rows)
+        return sum(abs(record.predict(e, value).total / record.published_seconds(e) - 1) for e in rows)
 
     assert min((0.01 * i for i in range(80, 96)), key=error) == pytest.approx(step.EFFICIENCY)
 
