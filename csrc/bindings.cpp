@@ -81,7 +81,7 @@ Value convert(PyObject* o) {
       if (PyBool_Check(item))
         v.flags.push_back(item == Py_True);
       else
-        v.tensors.push_back(view(item));
+        v.tensors.push_back(item == Py_None ? Tensor{} : view(item));
     }
   } else {
     v.tensor = view(o);

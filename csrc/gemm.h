@@ -168,11 +168,6 @@ class Finish {
   int64_t rows_, first_col_, cols_;
 };
 
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-
 // Panels `rows` of A times panels `cols` of B, by one thread.
 template <class T>
 void multiply_block(const Matrix<const T>& a, const Packed<T>& b, Range rows, Range cols,

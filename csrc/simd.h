@@ -374,6 +374,42 @@ inline LongVec multiply_low(LongVec a, uint32_t b) {
 #endif
 }
 
+// W floats to the nearest whole numbers.
+inline IntVec to_int(Vec x) { return __builtin_convertvector(round_to_int(x), IntVec); }
+
+// W whole numbers of -128 .. 127 as bytes.
+inline void store_bytes(int8_t* p, IntVec x) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)x));
+#else
+  for (int i = 0; i < W; ++i) p[i] = static_cast<int8_t>(x[i]);
+#endif
+}
+
+inline int32_t sum(IntVec x) {
+  int32_t total = 0;
+  for (int i = 0; i < W; ++i) total += x[i];
+  return total;
+}
+inline int32_t max_of(IntVec x) {
+  int32_t most = x[0];
+  for (int i = 1; i < W; ++i) most = x[i] > most ? x[i] : most;
+  return most;
+}
+
+// acc[i] + a[4i] b[0] + .. + a[4i+3] b[3]: bytes of a without sign, the four at b with.
+#if defined(__AVX512VNNI__)
+constexpr bool has_byte_dot = true;
+inline IntVec dot_bytes(IntVec a, const int8_t* b, IntVec acc) {
+  int32_t four;
+  std::memcpy(&four, b, 4);
+  return (IntVec)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, _mm512_set1_epi32(four));
+}
+#else
+constexpr bool has_byte_dot = false;  // dot_bytes is never called
+inline IntVec dot_bytes(IntVec, const int8_t*, IntVec acc) { return acc; }
+#endif
+
 // ---- codes of four bits --------------------------------------------------------------------------
 
 // W bytes as whole numbers.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,6 +99,12 @@ def fall_back(what: str, reason: str) -> None:
 # What torch.compiler.assume_constant_result sets, without its import of the compiler: called while
 # tracing, so that a compiled module warns once too instead of breaking its graph.
 fall_back._dynamo_marked_constant = True
+
+
+def cpu_module() -> ModuleType | str:
+    """The C++ kernels that run now, or why there are none: those of `use`, else the best."""
+    kind, _, isa = (_forced or "cpp").partition(":")
+    return _cpu.load(isa or _cpu.best()) if kind == "cpp" else f"ops run on {kind!r}"
 
 
 @cache
