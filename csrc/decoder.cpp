@@ -72,6 +72,27 @@ struct Layer {
   Linear q, k, v, out, gate, up, down;
 };
 
+// Of all layers: k, v (L, B or pages, H_kv, S, D), their scales without D, and where pages are.
+struct Caches {
+  Tensor k, v, k_scale, v_scale, table;
+
+  static Tensor of_layer(Tensor all, int64_t layer) {
+    if (!all) return all;
+    with_bytes(all.dtype, [&](auto t) { all.data = all.as<decltype(t)>() + layer * all.stride[0]; });
+    --all.dims;
+    std::copy_n(all.size + 1, all.dims, all.size), std::copy_n(all.stride + 1, all.dims, all.stride);
+    return all;
+  }
+  decode::Cache keys(int64_t layer) const { return {of_layer(k, layer), of_layer(k_scale, layer), table}; }
+  decode::Cache values(int64_t layer) const { return {of_layer(v, layer), of_layer(v_scale, layer), table}; }
+
+ private:
+  template <class Body>
+  static void with_bytes(DType dtype, const Body& body) {
+    dtype == DType::i8 ? body(int8_t{}) : with_type(dtype, body);
+  }
+};
+
 struct Decoder {
   int64_t heads, kv_heads, dim;  // of a head
   std::string activation;
@@ -82,12 +103,12 @@ struct Decoder {
   Linear head;
 
   int64_t width() const { return embedding.size[1]; }
-  void step(const Tensor& tokens, const Tensor& lengths, const Tensor& k, const Tensor& v, const Tensor& logits) const;
+  void step(const Tensor& tokens, const Tensor& lengths, const Caches& caches, const Tensor& logits) const;
 
  private:
   struct Shared;
   template <class C>
-  void run(const Tensor& tokens, const Tensor& lengths, const Tensor& k, const Tensor& v, const Tensor& logits) const;
+  void run(const Tensor& tokens, const Tensor& lengths, const Caches& caches, const Tensor& logits) const;
   template <class A>
   void mlp(const Team& team, const Layer& layer, Shared& s, Activations& in, Activations& wide) const;
   void embed(const Team& team, const Tensor& tokens, const Tensor& lengths, float* x) const;
@@ -166,24 +187,16 @@ void Decoder::mlp(const Team& team, const Layer& layer, Shared& s, Activations& 
 }
 
 template <class C>
-void Decoder::run(const Tensor& tokens, const Tensor& lengths, const Tensor& k, const Tensor& v,
-                  const Tensor& logits) const {
+void Decoder::run(const Tensor& tokens, const Tensor& lengths, const Caches& caches, const Tensor& logits) const {
   const int64_t rows = tokens.size[0];
   Shared s(*this, rows);
-  const auto layer_of = [](Tensor cache, int64_t layer) {  // (L, B, H_kv, S, D)
-    cache.data = cache.as<C>() + layer * cache.stride[0];
-    std::copy_n(cache.size + 1, 4, cache.size), std::copy_n(cache.stride + 1, 4, cache.stride);
-    cache.dims = 4;
-    return cache;
-  };
   const int64_t q_width = heads * dim, kv_width = kv_heads * dim, group = heads / kv_heads;
   std::vector<decode::Problem> problems;
   for (size_t i = 0; i < layers.size(); ++i)
     problems.push_back(decode::Problem{
         s.head_view(s.qkv, heads, s.qkv_width), s.head_view(s.qkv + q_width, kv_heads, s.qkv_width),
         s.head_view(s.qkv + q_width + kv_width, kv_heads, s.qkv_width), lengths, cos, sin, {}, {},
-        decode::Cache(layer_of(k, i), {}, {}), decode::Cache(layer_of(v, i), {}, {}), rows, heads, kv_heads, group,
-        1, dim, decode::ceil_div(dim, 2 * W) * 2 * W, group, false, 1 / std::sqrt(static_cast<float>(dim)), 0.0f,
+        caches.keys(i), caches.values(i), rows, heads, kv_heads, group, 1, dim, decode::ceil_div(dim, 2 * W) * 2 * W, group, false, 1 / std::sqrt(static_cast<float>(dim)), 0.0f,
         left});
   problems[0].check();
   const decode::Tasks<C> tasks(problems[0]);
@@ -242,13 +255,18 @@ void Decoder::run(const Tensor& tokens, const Tensor& lengths, const Tensor& k, 
   });
 }
 
-void Decoder::step(const Tensor& tokens, const Tensor& lengths, const Tensor& k, const Tensor& v,
-                   const Tensor& logits) const {
-  for (int64_t b = 0; b < tokens.size[0]; ++b)
-    if (const int64_t t = tokens.as<int64_t>()[b]; t < 0 || t >= embedding.size[0])
-      throw std::invalid_argument("decoder_step: token " + std::to_string(t) + " is out of range, expected 0 to " +
-                                  std::to_string(embedding.size[0] - 1));
-  with_type(k.dtype, [&](auto t) { run<decltype(t)>(tokens, lengths, k, v, logits); });
+void Decoder::step(const Tensor& tokens, const Tensor& lengths, const Caches& caches, const Tensor& logits) const {
+  const auto check = [](const char* what, int64_t i, const Tensor& table) {
+    if (i < 0 || i >= table.size[0])
+      throw std::invalid_argument(std::string("decoder_step: ") + what + " " + std::to_string(i) +
+                                  " is out of range, expected 0 to " + std::to_string(table.size[0] - 1));
+  };
+  for (int64_t b = 0; b < tokens.size[0]; ++b) {
+    check("token", tokens.as<int64_t>()[b], embedding);
+    if (positions) check("position", lengths.as<int32_t>()[b], positions);
+  }
+  if (caches.k.dtype == DType::i8) return run<int8_t>(tokens, lengths, caches, logits);
+  with_type(caches.k.dtype, [&](auto t) { run<decltype(t)>(tokens, lengths, caches, logits); });
 }
 
 // The decoders that Python holds by number.
@@ -310,8 +328,9 @@ void decoder_free(int64_t handle) { Registry::shared().remove(handle); }
 
 // Logits (B, V) float32 of the tokens after `tokens`, (B,) int64, which follow the `lengths`, (B,) int32, tokens
 // in the caches k and v, (L, B, H_kv, S, D), and join them.
-void decoder_step(int64_t handle, Tensor tokens, Tensor lengths, Tensor k, Tensor v, Tensor logits) {
-  Registry::shared().find(handle)->step(tokens, lengths, k, v, logits);
+void decoder_step(int64_t handle, Tensor tokens, Tensor lengths, Tensor k, Tensor v, Tensor k_scale, Tensor v_scale,
+                  Tensor block_table, Tensor logits) {
+  Registry::shared().find(handle)->step(tokens, lengths, {k, v, k_scale, v_scale, block_table}, logits);
 }
 
 KERNEL(decoder_make);

@@ -66,20 +66,19 @@ class ModelEngine:
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, row: int = 0) -> Tensor:
-        caches = [cache.rows(row, row + 1) for cache in self.caches]
+        caches = self.caches.rows(row, row + 1)
         for cache in caches:
             cache.reset()
-        return self._logits(self.model.hidden(tokens.to(self.device)[None], caches)[0, -1])
+        return self._logits(tokens[None], caches)[0]
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
-        caches = [cache.rows(0, len(tokens)) for cache in self.caches]
-        return self._logits(self.model.hidden(tokens.to(self.device)[:, None], caches)[:, 0])
+        return self._logits(tokens[:, None], self.caches.rows(0, len(tokens)))
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
         for cache in self.caches:
             cache.move_row(source, target)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.model.lm_head(hidden)[..., : self.vocab_size]
+    def _logits(self, idx: Tensor, caches: list) -> Tensor:
+        return self.model.next_logits(idx.to(self.device), caches)[:, : self.vocab_size]

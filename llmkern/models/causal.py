@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import KVCache
+from ..nn import KVCache, KVCaches
 from ..nn.linear_loss import head_loss
+from .decoder import decoder_of
 
 
 class CausalLM(nn.Module):
@@ -26,7 +27,7 @@ class CausalLM(nn.Module):
         """
         raise NotImplementedError
 
-    def new_caches(self, batch: int, max_length: int, **options: object) -> list[KVCache]:
+    def new_caches(self, batch: int, max_length: int, **options: object) -> KVCaches:
         """An empty `KVCache` for each block; options dtype and page_size, by default the model's dtype."""
         raise NotImplementedError
 
@@ -106,7 +107,15 @@ class CausalLM(nn.Module):
         return idx
 
     def next_logits(self, idx: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        """Logits of the token after (B, T) ids, which follow those in `caches`; (B, V) float32."""
+        """Logits of the token after (B, T) ids, which follow those in `caches`; (B, V) float32.
+
+        One token a sequence is a single C++ call on a CPU, for which weights in 4 and 8 bits are laid out
+        anew once; changes of weights are seen from the next call with more tokens on.
+        """
+        if isinstance(caches, KVCaches) and not torch.is_grad_enabled():
+            decoder = decoder_of(self, caches) if idx.shape[1] == 1 else caches.memo.clear()
+            if decoder is not None:
+                return decoder.step(idx[:, 0], caches)
         return self.lm_head(self.hidden(idx, caches)[:, -1]).float()
 
     def _caches_to_generate(self, idx: Tensor, max_new_tokens: int) -> list[KVCache] | None:

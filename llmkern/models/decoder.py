@@ -2,32 +2,18 @@
 
 import weakref
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from .. import nn as kernel_nn
-from ..nn import KVCache, QuantLinear
+from ..nn import KVCaches, QuantLinear
 from ..nn.children import hooked
-from ..ops.dispatch import cpu_module
+from ..ops.dispatch import cpu_module, fall_back
 
-MOST_ROWS = 8  # sequences of a step
-
-
-class StackedCaches(list):
-    """A `KVCache` for each layer, which are parts of one tensor.
-
-    Attributes:
-        k, v: (L, B, H_kv, S, D).
-        lengths: (L, B) int32.
-    """
-
-    def __init__(self, caches: list[KVCache]) -> None:
-        super().__init__(caches)
-        self.k, self.v = (torch.stack([getattr(c, name) for c in caches]) for name in ("k", "v"))
-        self.lengths = torch.stack([c.lengths for c in caches])
-        for i, cache in enumerate(caches):
-            cache.k, cache.v, cache.lengths = self.k[i], self.v[i], self.lengths[i]
+MOST_ROWS = 8  # sequences of a step, as in csrc/gemv.h
+_decoders: "weakref.WeakKeyDictionary[nn.Module, Decoder]" = weakref.WeakKeyDictionary()
 
 
 class Decoder:
@@ -41,36 +27,75 @@ class Decoder:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._kernels = cpu_module()
+        self.kernels = cpu_module()
         stack = _llama(model) if hasattr(model, "model") else _gpt(model)
-        self._kept = [t for t in _tensors(stack) if t is not None]
-        self._versions = [t._version for t in self._kept]
+        self._kept = list(_tensors(stack))  # what is not copied
+        self._print = _fingerprint(model)
         self.vocab_size = stack["embedding"].shape[0]
         handle = torch.zeros(1, dtype=torch.int64)
-        self._kernels.decoder_make(handle, *stack.values())
+        self.kernels.decoder_make(handle, *stack.values())
         self._handle = int(handle)
-        weakref.finalize(self, self._kernels.decoder_free, self._handle)
+        weakref.finalize(self, self.kernels.decoder_free, self._handle)
 
-    def fresh(self) -> bool:
-        """Whether no weight was written to since."""
-        return [t._version for t in self._kept] == self._versions
+    def fits(self, model: nn.Module) -> bool:
+        """Whether the model still has the weights of which this was made, and runs on the same kernels."""
+        return cpu_module() is self.kernels and _fingerprint(model) == self._print
 
-    def step(self, tokens: Tensor, caches: StackedCaches) -> Tensor:
-        """(B,) int64 tokens that follow those in the caches, and join them, to logits (B, V) float32."""
+    def step(self, tokens: Tensor, caches: KVCaches) -> Tensor:
+        """Logits after one more token of each sequence.
+
+        Args:
+            tokens: (B,) that follow those in the caches, and join them.
+            caches: of B sequences.
+
+        Returns:
+            (B, V) float32.
+
+        Raises:
+            ValueError: a token outside the vocabulary, or a cache that is full.
+        """
         logits = torch.empty(len(tokens), self.vocab_size)
-        self._kernels.decoder_step(
-            self._handle, tokens.contiguous(), caches.lengths[0], caches.k, caches.v, logits
-        )
+        tokens = tokens.to(torch.int64).contiguous()
+        for first in range(0, len(tokens), MOST_ROWS):
+            part = slice(first, min(first + MOST_ROWS, len(tokens)))
+            c = caches if len(tokens) <= MOST_ROWS else caches.rows(part.start, part.stop)
+            self.kernels.decoder_step(
+                self._handle, tokens[part], c.lengths[0], c.k, c.v, c.k_scale, c.v_scale, c[0].block_table,
+                logits[part],
+            )  # fmt: skip
         caches.lengths += 1
         return logits
 
 
-def _tensors(stack: dict) -> Iterator[Tensor | None]:
+def decoder_of(model: nn.Module, caches: KVCaches) -> Decoder | None:
+    """The Decoder of a model, made when it is first asked for; None, and said once, where there is none."""
+    if "decoder" not in caches.memo:
+        caches.memo["decoder"] = _find(model)
+    return caches.memo["decoder"]
+
+
+def _find(model: nn.Module) -> Decoder | None:
+    if reason := why_not(model):
+        if next(model.parameters()).device.type == "cpu" and not isinstance(cpu_module(), str):
+            fall_back("a step of generation", reason, "op by op")
+        return None
+    decoder = _decoders.get(model)
+    if decoder is None or not decoder.fits(model):
+        decoder = _decoders[model] = Decoder(model)
+    return decoder
+
+
+def _fingerprint(model: nn.Module) -> list[tuple]:
+    """What changes when a weight does."""
+    tensors = chain(model.parameters(), model.buffers())
+    return [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+
+
+def _tensors(stack: dict) -> Iterator[Tensor]:
     for value in stack.values():
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list):
-            yield from value
+        for item in value if isinstance(value, list) else (value,):
+            if isinstance(item, Tensor):
+                yield item
 
 
 def _linear(linear: nn.Module | None, rows: slice = slice(None)) -> list[Tensor | None]:
@@ -126,7 +151,7 @@ def _gpt(model: nn.Module) -> dict:
     }  # fmt: skip
 
 
-PLAIN = (
+KNOWN = (
     nn.Linear, kernel_nn.Linear, QuantLinear, nn.LayerNorm, kernel_nn.LayerNorm, kernel_nn.RMSNorm,
     nn.Embedding, kernel_nn.Embedding,
 )  # fmt: skip
@@ -134,14 +159,18 @@ PLAIN = (
 
 def why_not(model: nn.Module) -> str | None:
     """Why a Decoder cannot run the model, or None."""
-    module = cpu_module()
-    if isinstance(module, str):
-        return module
+    kernels = cpu_module()
+    if isinstance(kernels, str):
+        return kernels
+    if model.training and getattr(model.config, "dropout", 0) > 0:
+        return "the model is in training mode and drops; call eval()"
     for path, part in model.named_modules():
         if hooked(part):
             return f"{path or 'the model'} has hooks or a forward of its own"
-        if next(part.children(), None) is None and any(True for _ in part.parameters()) and type(part) not in PLAIN:
-            return f"{path} is a {type(part).__name__}, which it does not know"
+        if isinstance(part, kernel_nn.plain.Block) and not isinstance(part, kernel_nn.Block):
+            return "its layers are those of llmkern.nn.plain; swap_ it"
+        if next(part.parameters(recurse=False), None) is not None and type(part) not in KNOWN:
+            return f"{path or 'the model'} is a {type(part).__name__}, which the decoder does not know"
     for name, p in model.named_parameters():
         if p.device.type != "cpu" or p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"{name} is {p.dtype} on {p.device}, expected float32, bfloat16 or float16 on the CPU"

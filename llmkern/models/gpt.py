@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import nn as kernel_nn
-from ..nn import KVCache
+from ..nn import KVCache, KVCaches
 from .causal import CausalLM
 
 
@@ -89,13 +89,11 @@ class GPT(CausalLM):
             x = block(x, cache)
         return t.ln_f(x)
 
-    def new_caches(self, batch: int, max_length: int, **options: object) -> list[KVCache]:
+    def new_caches(self, batch: int, max_length: int, **options: object) -> KVCaches:
         """An empty `KVCache` for each block; options dtype and page_size, by default the model's dtype."""
         weight, c = self.transformer.wte.weight, self.config  # the head's may be quantised
         options = {"dtype": weight.dtype, "device": weight.device, **options}
-        return [
-            KVCache(batch, c.n_head, max_length, c.n_embd // c.n_head, **options) for _ in range(c.n_layer)
-        ]
+        return KVCaches(c.n_layer, batch, c.n_head, max_length, c.n_embd // c.n_head, **options)
 
     def _caches_to_generate(self, idx: Tensor, max_new_tokens: int) -> list[KVCache] | None:
         """Caches for the prompt and the new tokens, unless the model is PyTorch alone, or drops at random."""

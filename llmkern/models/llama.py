@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import nn as kernel_nn
-from ..nn import KVCache, LlamaAttention, LlamaBlock, LlamaMLP, RotaryEmbedding
+from ..nn import KVCache, KVCaches, LlamaAttention, LlamaBlock, LlamaMLP, RotaryEmbedding
 from .causal import CausalLM
 
 
@@ -141,14 +141,11 @@ class Llama(CausalLM):
             x = layer(x, self.rotary, cache)
         return self.model.norm(x)
 
-    def new_caches(self, batch: int, max_length: int, **options: object) -> list[KVCache]:
+    def new_caches(self, batch: int, max_length: int, **options: object) -> KVCaches:
         """An empty `KVCache` for each block; options dtype and page_size, by default the model's dtype."""
         weight, c = self.model.embed_tokens.weight, self.config  # linears may be quantised
         options = {"dtype": weight.dtype, "device": weight.device, **options}
-        return [
-            KVCache(batch, c.num_key_value_heads, max_length, c.head_dim, **options)
-            for _ in range(c.num_hidden_layers)
-        ]
+        return KVCaches(c.num_hidden_layers, batch, c.num_key_value_heads, max_length, c.head_dim, **options)
 
 
 def _block(c: LlamaConfig) -> LlamaBlock:

@@ -5,12 +5,13 @@ LinearCrossEntropyLoss, Embedding, Dropout, Softmax, LogSoftmax` are subclasses 
 same name, with their arguments, parameters and state_dict keys.
 `CausalSelfAttention, MLP, GatedMLP, Block` are the parts of a GPT; `llmkern.nn.plain` has them in
 PyTorch alone.  `LlamaAttention, LlamaMLP, LlamaBlock` are those of a Llama, `RotaryEmbedding` is what it has
-for positions; `KVCache` keeps the keys and values of an attention layer for generation; `QuantLinear` has a
-weight in 8 or 4 bits.
+for positions; `KVCache` keeps the keys and values of an attention layer for generation, `KVCaches` those of
+all layers; `QuantLinear` has a weight in 8 or 4 bits.
 """
 
 from . import plain
 from .attention import CausalSelfAttention, MultiheadAttention
+from .caches import KVCaches
 from .decode import KVCache
 from .dropout import Dropout
 from .embedding import Embedding
@@ -34,6 +35,7 @@ __all__ = [
     "Embedding",
     "GatedMLP",
     "KVCache",
+    "KVCaches",
     "LayerNorm",
     "Linear",
     "LinearCrossEntropyLoss",

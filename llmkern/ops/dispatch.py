@@ -86,9 +86,9 @@ def record() -> Iterator[Counter[tuple[str, str]]]:
         _calls = before
 
 
-def fall_back(what: str, reason: str) -> None:
+def fall_back(what: str, reason: str, instead: str = "on the PyTorch reference") -> None:
     """Tell the user, once, that `what` runs on its reference, and why."""
-    message = f"{what} runs on the PyTorch reference: {reason}"
+    message = f"{what} runs {instead}: {reason}"
     if _fallback == "error":
         raise FallbackError(message)
     if _fallback == "warn" and message not in _told:
