@@ -6,6 +6,7 @@ from .lora import lora_, merge_lora_, unmerge_lora_
 from .ops import empty_cache, set_fallback, use
 from .ops.explain import explain
 from .plan import plan
+from .prove import prove
 from .quantize import Int4WeightOnly, Int8WeightOnly, quantize_
 from .swap import disable_sdpa, enable_sdpa, restore_, swap_, swapped
 
@@ -24,6 +25,7 @@ __all__ = [
     "ops",
     "optim",
     "plan",
+    "prove",
     "quantize_",
     "restore_",
     "set_fallback",

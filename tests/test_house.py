@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "llmkern/nn": {"nn", "ops"},
     "llmkern/swap": {"swap", "nn", "ops", "report"},
     "llmkern/compile": {"compile", "nn", "ops", "report"},
+    "llmkern/prove": {"prove", "swap", "report", "load", "models", "errors"},
     "llmkern/models": {"models", "nn", "ops", "errors"},
     "llmkern/text": {"text", "durable", "errors"},
     "llmkern/plan": {"plan", "models", "errors", "display"},

@@ -176,7 +176,7 @@ def _proved(model: nn.Module) -> dict[str, float] | None:
     finally:
         for m, mode in modes.items():
             m.training = mode
-    near = torch.allclose(theirs.float(), ours, rtol=64 * torch.finfo(head.weight.dtype).eps)
+    near = torch.allclose(theirs.float(), ours, rtol=1e-5 if head.weight.dtype == torch.float32 else 1e-2)
     return {"softcap": softcap} if near else None
 
 

@@ -117,3 +117,36 @@ def test_trying_leaves_no_trace():
     llmkern.swap_(module)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert module.training and not module.drop.training and all(p.grad is None for p in module.parameters())
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_roles_do_not_hang_on_values(scale, dtype):
+    """With tiny or zero weights, or in bfloat16, gate and linear could be taken for one another."""
+    module = FFN(F.silu, gated=True)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.mul_(scale)
+    llmkern.swap_(module.to(dtype))
+    roles = getattr(module, ROLES)
+    assert (roles["linear_in"], roles["gate"], roles["linear_out"], roles["activation"]) == (
+        "c",
+        "a",
+        "b",
+        "silu",
+    )
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_activations_in_sight_of_nobody(approximate):
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.gelu(self.up(x), approximate=approximate))
+
+    module = Hidden()
+    llmkern.swap_(module)
+    assert getattr(module, ROLES)["activation"] == {"none": "gelu", "tanh": "gelu_tanh"}[approximate]
