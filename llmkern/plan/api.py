@@ -97,7 +97,7 @@ def plan(
     batch: int | None = None,
     seq: int | None = None,
     tokens: float | None = None,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     recipe: str = "mixed",
     strategy: Mapping[str, Any] | None = None,
     kernels: str = "fused",
@@ -121,7 +121,7 @@ def plan(
         batch: sequences of a step; by default as many as a model of its size is trained with.
         seq: tokens of a sequence; by default the model's context, at most 8192.
         tokens: to train on; by default 20 a parameter (arXiv:2203.15556).
-        dtype: of the matrix products.
+        dtype: of the matrix products; by default bfloat16, or what the device has in its place.
         recipe: what is kept for a parameter: "mixed", "megatron", "float32", "fsdp2", "adam8bit", "sgd".
         strategy: fields of `Strategy` that are given, such as `{"tp": 8, "zero": 3}`; the rest is searched.
         kernels: "fused" keeps what llmkern's feed-forward and loss keep; "eager" what torch's do.
@@ -153,7 +153,8 @@ def plan(
         raise UserError(f"recipe is {recipe!r}, expected one of {', '.join(RECIPES)}")
     if kernels not in KERNELS:
         raise UserError(f"kernels is {kernels!r}, expected one of {', '.join(KERNELS)}")
-    device.peak(dtype if dtype != "bfloat16" or "bfloat16" in device.flops else "float16")
+    dtype = dtype or default_dtype(device)
+    device.peak(dtype)  # says what it has instead
     seq = seq or min(shape.context, 8192)
     batch = batch or default_batch(shape, seq, gpus)
     job = Job(shape, device, gpus, RECIPES[recipe], batch, seq, dtype)
@@ -174,6 +175,11 @@ def plan(
     return Plan(job, flops(shape, seq), candidates, run, served)
 
 
+def default_dtype(device: Hardware) -> str:
+    """bfloat16, or the next best that the device has a rate for."""
+    return next(name for name in ("bfloat16", "float16", *device.flops) if name in device.flops)
+
+
 def default_batch(model: Model, seq: int, devices: int) -> int:
     """Sequences of a step, as models of its size are trained with, divisible by many numbers of replicas."""
     amount = next((tokens for size, tokens in BATCHES.items() if model.total < size), LARGEST_BATCH)
@@ -184,10 +190,10 @@ def default_batch(model: Model, seq: int, devices: int) -> int:
 
 def serve(
     model: Model, device: Hardware, sequences: int = 1, prompt: int = 2048, reply: int = 256,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
 ) -> Inference | None:  # fmt: skip
     """Inference on the fewest devices of a node that hold weights and cache; None if a node does not."""
-    count = 1
+    count, dtype = 1, dtype or default_dtype(device)
     while count <= device.node and count <= model.heads:
         if model.heads % count == 0:
             found = inference.predict(model, device, count, sequences, prompt, reply, dtype)

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--batch", type=int, metavar="N", help="sequences of a step")
     work.add_argument("--seq", type=int, metavar="N", help="tokens of a sequence")
     work.add_argument("--tokens", type=float, metavar="N", help="to train on; default 20 a parameter")
-    work.add_argument("--dtype", default="bfloat16", help="of the products: bfloat16, float16, float32, tf32")
+    work.add_argument("--dtype", help="of the products: bfloat16, float16, float32, tf32, float8")
     work.add_argument("--recipe", default="mixed", help=f"kept for a parameter: {', '.join(RECIPES)}")
     work.add_argument("--kernels", default="fused", choices=KERNELS, help="llmkern's or eager torch's")
     fixed = parser.add_argument_group("the strategy", "what is not given is searched")
@@ -151,7 +151,7 @@ def as_json(found: Plan) -> dict[str, Any]:
     }
     for candidate in found.candidates:
         fields = dataclasses.asdict(candidate)
-        fields["name"] = str(candidate.strategy)
+        fields["name"], fields["mesh"] = str(candidate.strategy), candidate.strategy.mesh
         fields["memory"] |= {"total": candidate.memory.total, "reserved": candidate.memory.reserved}
         fields["time"] |= {"total": candidate.time.total, "walls": candidate.time.walls}
         fields["wall"] = candidate.time.wall

@@ -63,7 +63,7 @@ def _stage(model, s, recipe, batch, seq, width, first) -> dict[str, float]:
     inside = working(model, s, seq, width)
     parts["logits" if at_loss > inside else "working"] = max(at_loss, inside)
     if s.zero == 3 and s.shards > 1:
-        parts["gathered"] = gathered(model, s, recipe, local)
+        parts["gathered"] = gathered(model, s, recipe, local, width)
         if s.pp > 1:
             parts["stage buffers"] = stage_buffers(model, s, s.micro_batches(batch), seq, width)
     return parts
@@ -175,17 +175,17 @@ def stage_buffers(model: Model, s: Strategy, micro_batches: int, seq: int, width
     return 2 * s.interleave * micro_batches * hand_over
 
 
-def gathered(model: Model, s: Strategy, recipe: Recipe, local: float) -> float:
-    """Bytes of FSDP beyond its shards: gathered weights and whole gradients, computed in 16 bits.
+def gathered(model: Model, s: Strategy, recipe: Recipe, local: float, width: int) -> float:
+    """Bytes of FSDP beyond its shards: gathered weights and whole gradients, `width` bytes each.
 
-    Two layers (one at work, one fetched ahead) and the root's embeddings; the gradients of one layer in 16
-    bits and in what they are reduced in.  With a pipeline all of the stage stays gathered, and its gradients
+    Two layers (one at work, one fetched ahead) and the root's embeddings; the gradients of one layer as they
+    are computed and as they are reduced.  With a pipeline all of the stage stays gathered, and its gradients
     add up whole.
     """
     if s.pp > 1:
-        return local * (2 + recipe.gradient)
+        return local * (width + recipe.gradient)
     expert = bool(model.experts)
     layer = sum(local_weights(linear, s) for linear in model.linears(expert))
     parts = model.parameters()
     root = (parts["embedding"] + parts["output head"]) / s.tp
-    return 2 * (2 * layer + root) + (2 + recipe.gradient) * max(layer, root / 2)
+    return width * (2 * layer + root) + (width + recipe.gradient) * max(layer, root / 2)

@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any
 
 from ..errors import UserError
-from . import memory, step
+from . import memory, step, work
 from .hardware import GIB, Hardware
 from .memory import CONTEXT, Memory
 from .model import Model
@@ -41,7 +41,7 @@ class Job:
     dtype: str = "bfloat16"
 
     def memory(self, strategy: Strategy) -> Memory:
-        width = 4 if self.dtype == "float32" else 2
+        width = work.width(self.dtype)
         return memory.training(self.model, strategy, self.recipe, self.batch, self.seq, width)
 
     def fits(self, found: Memory) -> bool:

@@ -56,7 +56,9 @@ def plan(found: Plan, console: Console | None = None) -> None:
     console.print(f"{job.model.name} on {job.devices:,} x {job.device.title}, {what}", soft_wrap=True)
     for note in job.model.notes:
         console.print(f"note: {note}", soft_wrap=True)
-    console.print(_parameters(job.model), _flops(found), _strategies(found), _memory(found.best, job.device))
+    console.print(_parameters(job.model), _flops(found), _strategies(found))
+    mesh = ",".join(f"{name}={size}" for name, size in found.best.strategy.mesh.items())
+    console.print(f"The mesh of the fastest: {mesh}", _memory(found.best, job.device))
     console.print(_time(found), _run(found))
     if found.inference:
         console.print(_inference(found.inference))

@@ -93,16 +93,17 @@ def predict(
 
     A pipeline runs at the pace of its slowest stage: the last, which has the output embedding.
     """
-    rates = work.rates(device, dtype, efficiency)
+    rates, width = work.rates(device, dtype, efficiency), work.width(dtype)
     m = batch / (s.dp * s.micro_batch)
-    walls, comm = _stage(model, device, s, recipe, seq, rates)
+    walls, comm = _stage(model, device, s, recipe, seq, rates, width)
     head = rates.walls(work.head(model, s, seq))
     stage = sum(walls.values()) + sum(comm.shown.values())
     memory = m * (walls["memory"] + head["memory"]) + rates.seconds(work.embedding(model, s, seq)) * m
     total = comm.scaled(m)
     parameters = local_parameters(model, s)
     updated = parameters / (s.shards if s.zero else 1)
-    _reduce(total, device, s, recipe, parameters, s.overlap * (walls["compute"] + walls["memory"]))
+    behind = s.overlap * (walls["compute"] + walls["memory"])
+    _reduce(total, device, s, recipe, parameters, behind, width)
     return StepTime(
         m * (walls["compute"] + head["compute"]),
         memory + updated * recipe.update / rates.memory,
@@ -113,7 +114,9 @@ def predict(
     )
 
 
-def _stage(model: Model, device: Hardware, s: Strategy, recipe: Recipe, seq: int, rates: Rates):
+def _stage(
+    model: Model, device: Hardware, s: Strategy, recipe: Recipe, seq: int, rates: Rates, width: int
+) -> tuple[dict[str, float], Exchange]:  # fmt: skip
     """Seconds of one stage for one micro-batch, forward and backward: by wall, and its exchanges."""
     walls, comm = {"compute": 0.0, "memory": 0.0}, Exchange({}, {}, {})
     kinds = [(False, model.layers - model.expert_layers), (True, model.expert_layers)]
@@ -128,21 +131,25 @@ def _stage(model: Model, device: Hardware, s: Strategy, recipe: Recipe, seq: int
         for wall in walls:
             walls[wall] += part * (ahead[wall] + back[wall])
         times = [part * sum(half.values()) for half in (ahead, back)]
-        _exchange_activations(comm, model, device, s, seq, part, times, expert)
+        _exchange_activations(comm, model, device, s, seq, part, times, expert, width)
         if s.zero == 3:
-            _gather_weights(comm, model, device, s, recipe, part, times, expert)
+            group = _layer_parameters(model, s, expert) + model.layer_norms()
+            _gather(comm, device, s, recipe, group, part, times, width)
+    if s.zero == 3:  # the root keeps its embeddings and last norm from forward to backward
+        root = local_parameters(model, s, outside=True)
+        _gather(comm, device, s, recipe, root, 1, [0.0, sum(walls.values())], width, again=False)
     if s.pp > 1:
-        payload = 2 * local_tokens(s, seq) * model.width / s.tp
+        payload = width * local_tokens(s, seq) * model.width / s.tp
         once = collectives.send_seconds(device, payload, s.dp * s.tp * s.cp < device.node)
         comm.add("PP sends", 2 * s.interleave * once, 2 * s.interleave * payload)
     return walls, comm
 
 
-def _exchange_activations(comm, model, device, s, seq, layers, times, expert) -> None:
+def _exchange_activations(comm, model, device, s, seq, layers, times, expert, width) -> None:
     """Tensor, context and expert parallelism, in `layers` layers for one micro-batch."""
     tokens = local_tokens(s, seq)
     if s.tp > 1:  # two all-reduces forward, two backward; with SP each is a gather and a scatter
-        size = 2 * tokens * model.width
+        size = width * tokens * model.width
         once = layers * collectives.seconds(device, "all_reduce", size, s.tp, device.node)
         total = 6 if s.recompute == "full" else 4
         shown = {"none": total, "backward": total - 2 + s.sp, "all": 0}[s.overlap_tp]
@@ -150,34 +157,36 @@ def _exchange_activations(comm, model, device, s, seq, layers, times, expert) ->
         comm.add("TP", shown * once, shown * wire)
         comm.add("TP", (total - shown) * once, (total - shown) * wire, behind=sum(times))
     if s.cp > 1:  # keys and values pass round a ring behind the attention of the part at hand
-        size = 2 * tokens * model.kv_heads / s.tp * (model.head_dim + model.value_dim) * (s.cp - 1)
+        size = width * tokens * model.kv_heads / s.tp * (model.head_dim + model.value_dim) * (s.cp - 1)
         once = collectives.send_seconds(device, size, s.tp * s.cp <= device.node)
         rates = work.rates(device)
         attention = [w for w in work.forward(model, s, seq, expert) if w.name in ("attention", *work.CORE)]
         behind = sum(rates.seconds(w) for w in attention)
         comm.add("CP", 3 * layers * once, 3 * layers * size, behind=3 * layers * behind)
     if s.ep > 1 and expert:  # dispatch and combine, forward and backward
-        size = 2 * tokens * model.experts.active * model.width / s.tp
+        size = width * tokens * model.experts.active * model.width / s.tp
         in_node = max(1, device.node // s.tp)
         once = collectives.seconds(device, "all_to_all", size, s.ep, in_node)
         comm.add("EP", 4 * layers * once, 4 * layers * size * collectives.factor("all_to_all", s.ep))
 
 
-def _gather_weights(comm, model, device, s, recipe, layers, times, expert) -> None:
-    """FSDP gathers the weights of a layer before forward and before backward, behind the layer before."""
-    weights = sum(local_weights(linear, s) for linear in model.linears(expert))
+def _gather(comm, device, s, recipe, parameters, layers, times, width, again=True) -> None:
+    """FSDP gathers the weights of a layer before forward and before backward, behind the layer before.
+
+    `times` are seconds of all `layers` forward and backward; without `again` weights stay for backward.
+    """
     in_node = max(1, device.node // s.tp)
-    for collective, size, behind in (
-        ("all_gather", 2 * weights, times[0]),
-        ("all_gather", 2 * weights, times[1] / 2),
-        ("reduce_scatter", recipe.gradient * weights, times[1] / 2),
-    ):
+    steps = [("all_gather", width, times[0]), ("reduce_scatter", recipe.gradient, times[1] / 2)]
+    if again:
+        steps.insert(1, ("all_gather", width, times[1] / 2))
+    for collective, bytes_each, behind in steps:
+        size = bytes_each * parameters
         once = collectives.seconds(device, collective, size, s.shards, in_node)
         wire = layers * size * collectives.factor(collective, s.shards)
         comm.add("FSDP", layers * once, wire, behind=behind if s.overlap else 0.0)
 
 
-def _reduce(comm, device, s, recipe, parameters, micro_batch) -> None:
+def _reduce(comm, device, s, recipe, parameters, micro_batch, width) -> None:
     """Gradients of replicas are summed once a step: DDP all-reduces, ZeRO scatters, and gathers weights.
 
     Behind backward of the last, and forward of the first micro-batch, which takes `micro_batch` seconds.
@@ -187,25 +196,28 @@ def _reduce(comm, device, s, recipe, parameters, micro_batch) -> None:
     in_node = max(1, device.node // s.tp)
     steps = [("all_reduce", recipe.gradient, 2 / 3)]
     if s.zero:
-        steps = [("reduce_scatter", recipe.gradient, 2 / 3), ("all_gather", 2, 1 / 3)]
-    for collective, width, part in steps:
-        once = collectives.seconds(device, collective, width * parameters, s.shards, in_node)
-        wire = width * parameters * collectives.factor(collective, s.shards)
+        steps = [("reduce_scatter", recipe.gradient, 2 / 3), ("all_gather", width, 1 / 3)]
+    for collective, bytes_each, part in steps:
+        once = collectives.seconds(device, collective, bytes_each * parameters, s.shards, in_node)
+        wire = bytes_each * parameters * collectives.factor(collective, s.shards)
         comm.add("DP gradients", once, wire, part * micro_batch)
 
 
-def local_parameters(model: Model, s: Strategy) -> float:
+def local_parameters(model: Model, s: Strategy, outside: bool = False) -> float:
     """Parameters on the most loaded device: matrices divided by TP and PP, experts by EP too, norms whole.
 
-    The first and last stage hold an embedding each; when the two are tied, each holds a copy.
+    The first and last stage hold an embedding each; when the two are tied, each holds a copy.  `outside`:
+    only those that belong to no layer.
     """
     parts = model.parameters()
     kinds = ((False, model.layers - model.expert_layers), (True, model.expert_layers))
     layers = sum(n * _layer_parameters(model, s, expert) for expert, n in kinds if n)
     embeddings = [parts["embedding"], parts["output head"] or parts["embedding"]]
     embedded = max(embeddings) if s.pp > 1 else parts["embedding"] + parts["output head"]
-    rest = parts.get("norms", 0) + parts.get("other", 0)
-    return (layers + rest) / s.pp + embedded / s.tp + parts.get("positions", 0)
+    embedded = embedded / s.tp + parts.get("positions", 0)
+    norms = model.layers * model.layer_norms()
+    rest = (parts["norms"] - norms + parts.get("other", 0)) / s.pp + embedded
+    return rest if outside else (layers + norms) / s.pp + rest
 
 
 def _layer_parameters(model: Model, s: Strategy, expert: bool) -> float:

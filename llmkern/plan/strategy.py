@@ -102,6 +102,12 @@ class Strategy:
         """Devices that hold the same part of the model: the group of ZeRO."""
         return self.dp * self.cp
 
+    @property
+    def mesh(self) -> dict[str, int]:
+        """Sizes of a device mesh, as `--parallel` takes them; ZeRO-1 and 2 replicate weights, as dp does."""
+        data = {"dp": 1, "fsdp": self.dp} if self.zero == 3 else {"dp": self.dp, "fsdp": 1}
+        return {**data, "tp": self.tp, "pp": self.pp, "cp": self.cp}
+
     def micro_batches(self, batch: int) -> int:
         """m, micro-batches of a pipeline in a step of `batch` sequences."""
         return batch // (self.dp * self.micro_batch)

@@ -78,16 +78,19 @@ class Rates:
         return total
 
 
+def width(dtype: str) -> int:
+    """Bytes of an activation, and of a weight that computes."""
+    return 4 if dtype in ("float32", "tf32") else E
+
+
 def rates(device: Hardware, dtype: str = "bfloat16", efficiency: float = 1.0) -> Rates:
     """Measured rates where there are any, parts of the datasheet's otherwise; products times `efficiency`.
 
     Bytes of ops are counted for 16 bits, so memory counts half as fast for float32.
     """
-    if dtype == "bfloat16" and dtype not in device.flops:
-        dtype = "float16"
     matmul = device.matmul.get(dtype) or MATMUL_PART * device.peak(dtype)
     memory = device.bandwidth * (1 if device.measured else MEMORY_PART)
-    memory /= 2 if dtype in ("float32", "tf32") else 1
+    memory *= E / width(dtype)
     return Rates(efficiency * matmul, memory, device.units)
 
 

@@ -23,6 +23,18 @@ def test_finds_the_fastest_first():
     assert 1 > full > causal > left_out > 0.2
 
 
+def test_dtype_is_what_the_device_has():
+    assert llmkern.plan("gpt2", "v100").job.dtype == "float16"
+    machine = hardware.Hardware("m", "m", {"float32": 1e11}, 2**36, 1e10, measured={"date": "-"})
+    found = llmkern.plan("nano", machine, recipe="float32")
+    assert found.job.dtype == "float32" and 0 < found.mfu(found.best)["full"] < 1
+
+
+def test_mesh():
+    assert Strategy(dp=4, tp=2, zero=3).mesh == {"dp": 1, "fsdp": 4, "tp": 2, "pp": 1, "cp": 1}
+    assert Strategy(dp=4, pp=2).mesh == {"dp": 4, "fsdp": 1, "tp": 1, "pp": 2, "cp": 1}
+
+
 def test_prints():
     assert "Fastest strategies that fit" in str(llmkern.plan("gpt2", "a100"))
 

@@ -105,8 +105,9 @@ def test_volumes():
 
     assert volume(dp=8)["DP gradients"] == pytest.approx(2 * 7 / 8 * 2 * gpt2.total)
     assert volume(dp=8, zero=1)["DP gradients"] == pytest.approx(7 / 8 * (2 + 2) * gpt2.total)
-    matrices = 12 * gpt2.layers * gpt2.width**2
-    assert volume(dp=8, zero=3)["FSDP"] == pytest.approx(2 * 7 / 8 * (2 + 2 + 2) * matrices)
+    root = (50257 + 1024 + 2) * gpt2.width  # is gathered once: it stays for backward
+    layers = gpt2.total - root
+    assert volume(dp=8, zero=3)["FSDP"] == pytest.approx(2 * 7 / 8 * (6 * layers + 4 * root))
     tokens = 16 * 1024
     assert volume(tp=4)["TP"] == pytest.approx(4 * 2 * 3 / 4 * 2 * tokens * gpt2.width * gpt2.layers)
 
