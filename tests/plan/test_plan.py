@@ -129,6 +129,8 @@ def test_inference_walls():
     assert bound < found.decode_seconds < 1.3 * bound
     many = inference.predict(llama, h100, 1, 64, 2048, 256)
     assert many.decode_rate > 20 * found.decode_rate
+    read = many.weights + 64 * (2048 + 128) * many.cache_per_token  # every sequence reads its own cache
+    assert read / h100.bandwidth < many.decode_seconds < 1.3 * read / h100.bandwidth
 
 
 def test_energy_without_power():
