@@ -82,18 +82,29 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def measure(device: str, dtypes: list[torch.dtype], seconds: float = 0.3, cold: bool = False) -> Ceilings:
     """Measure the ceilings of `device`, each rate for `seconds`."""
-    clock = Clock(device)
-    module = _cpu.load(_cpu.best()) if device == "cpu" else None
-    module = None if isinstance(module, str) else module  # not built: torch's own rates remain
+    clock, module = Clock(device), _module(device)
     found = Ceilings(cold=cold)
-    for dtype in dtypes:
-        rates = {"matmul": _matmul(clock, device, dtype, seconds)}
-        if module is not None:
-            rates["registers"] = _registers(clock, module, dtype, seconds)
-        found.flops[dtype_name(dtype)] = rates
+    found.flops = measure_flops(device, dtypes, seconds)
     for footprint in FOOTPRINTS[-1:] if cold else FOOTPRINTS:
         found.bandwidth[footprint] = _bandwidth(clock, device, module, footprint, seconds)
     return found
+
+
+def measure_flops(device: str, dtypes: list[torch.dtype], seconds: float = 0.3) -> dict[str, Rates]:
+    """Measure the arithmetic rates of `device` alone: dtype -> how -> FLOP/s."""
+    clock, module = Clock(device), _module(device)
+    found = {}
+    for dtype in dtypes:
+        found[dtype_name(dtype)] = rates = {"matmul": _matmul(clock, device, dtype, seconds)}
+        if module is not None:
+            rates["registers"] = _registers(clock, module, dtype, seconds)
+    return found
+
+
+def _module(device: str) -> ModuleType | None:
+    """The C++ kernels of a CPU; if they were not built, torch's own rates remain."""
+    module = _cpu.load(_cpu.best()) if device == "cpu" else None
+    return None if isinstance(module, str) else module
 
 
 def _best(clock: Clock, call: Call, work: float, seconds: float) -> float:

@@ -19,6 +19,7 @@ COMMANDS = {
     "data": "prepare text: clean it, remove duplicates, tokenise it into shards",
     "demo": "train a small GPT twice, as plain PyTorch and with the kernels, and compare the two",
     "generate": "write text after a prompt with any checkpoint",
+    "train": "pre-train a model on prepared data, and go on where it was stopped or killed",
     "info": "show versions, the processor, the GPU, and which kernels every op has here",
     "plan": "plan a model on hardware you have not got: memory, time, money, energy, and the wall that binds",
 }

@@ -16,6 +16,7 @@ from .report import Report
 from .swap import swap_
 from .text import Batches
 from .train import Record, TrainConfig, Trainer, evaluate
+from .train.loop import adamw
 
 VALIDATION_BATCHES = 4
 TIMED_STEPS = 3
@@ -59,7 +60,10 @@ class Comparison:
         swapped = copy.deepcopy(plain)
         self.report: Report = swap_(swapped)
         self.device = device
-        self.plain, self.swapped = (Run(Trainer(each, batches, config)) for each in (plain, swapped))
+        self.plain, self.swapped = (
+            Run(Trainer(each, batches, config, adamw(each, config, torch.optim.AdamW, fused=True)))
+            for each in (plain, swapped)
+        )
         self.kernels: dict[str, str] = {}  # half of an op, such as "ffn_bwd" -> backend
 
     def train(self, update: Callable[[Record, Record], None], seconds: float = math.inf) -> None:
@@ -83,7 +87,7 @@ class Comparison:
         """Validation loss and peak memory; then a few more steps, in turns, timed op by op."""
         runs = self.plain, self.swapped
         for run in runs:
-            model, dtype = run.trainer.model, run.trainer.config.dtype
+            model, dtype = run.trainer.model, run.trainer.config.torch_dtype
             run.validation_loss = evaluate(model, held_out, VALIDATION_BATCHES, dtype)
             run.peak_bytes = measure.peak_bytes(run.trainer.advance)
         rounds = [

@@ -20,7 +20,8 @@ from .train import TrainConfig
 AGREE_STEPS, AGREE_WITHIN = 50, 1e-3  # how long, and how closely, float32 losses must agree
 TRAIN_SECONDS = 180  # the demo's patience where a machine is slow or busy; --steps overrides it
 SAMPLE_TOKENS = 300
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WARMUP_STEPS = 20
+DTYPES = ("float32", "bfloat16")
 
 
 class Size(NamedTuple):
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     corpus = text.load(args.data)
     tokenizer = text.CharTokenizer(corpus.text)
     model = dataclasses.replace(size.model, vocab_size=len(tokenizer))
-    config = TrainConfig(args.steps or size.steps, dtype=DTYPES[args.dtype])
+    config = TrainConfig(args.steps or size.steps, warmup_steps=WARMUP_STEPS, dtype=args.dtype)
     batches, held_out = (
         text.Batches(tokens, size.batch_size, model.block_size, args.seed, device)
         for tokens in text.split(tokenizer.encode(corpus.text))
@@ -179,7 +180,7 @@ def _write(comparison: Comparison, tokenizer: text.CharTokenizer, seed: int) -> 
 
 def _verdict(console: Console, comparison: Comparison) -> int:
     """Exit code 1 if float32 losses went apart."""
-    if comparison.plain.trainer.config.dtype != torch.float32:
+    if comparison.plain.trainer.config.dtype != "float32":
         return 0
     difference = comparison.largest_difference(AGREE_STEPS)
     if difference <= AGREE_WITHIN:

@@ -1,9 +1,7 @@
 """What the demo shows: progress while it trains, then one table.  Plain lines where there is no terminal."""
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from statistics import median
 
 from rich.console import Console
 from rich.progress import (
@@ -19,9 +17,9 @@ from rich.table import Table
 
 from .compare import Comparison
 from .train import Record
+from .train.live import LINES, Pace
 
 WIDTH = 100  # of the table where there is no terminal
-LINES = 10  # of progress where there is no terminal
 Update = Callable[[Record, Record], None]
 
 
@@ -30,17 +28,6 @@ def make_console() -> Console:
     plain = {"highlight": False, "markup": False, "emoji": False}  # brackets and colons are only text
     console = Console(**plain)
     return console if console.is_terminal else Console(**plain, width=WIDTH)
-
-
-class Pace:
-    """Tokens per second, from the median of the last steps."""
-
-    def __init__(self, steps: int = 20) -> None:
-        self.recent: deque[float] = deque(maxlen=steps)
-
-    def __call__(self, record: Record) -> float:
-        self.recent.append(record.tokens / record.seconds)
-        return median(self.recent)
 
 
 @contextmanager

@@ -128,6 +128,15 @@ def remove(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left in a folder; no other one may be at work there."""
+    for path in folder.glob(".*.part"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def sync(folder: Path) -> None:
     """Bring the names in a folder to the disk."""
     if os.name != "posix":  # Windows opens no folders

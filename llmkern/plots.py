@@ -1,8 +1,9 @@
-"""Pictures of the demo.  Needs matplotlib: `pip install llmkern[plot]`."""
+"""Pictures of trainings.  Needs matplotlib: `pip install llmkern[plot]`."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
+from typing import Any
 
 from matplotlib.figure import Figure  # not pyplot: no window system is touched
 
@@ -33,4 +34,31 @@ def loss_and_throughput(path: Path, curves: Curves, title: str) -> None:
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+
+
+def losses(path: Path, log: Sequence[dict[str, Any]], title: str) -> None:
+    """Save a PNG: the losses of a run's steps, faint, their running mean, and those on held-out text.
+
+    Args:
+        path: where to.
+        log: the lines of log.jsonl.
+        title: above the picture.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    steps = [(line["step"], line["loss"]) for line in log if line.get("loss") is not None]
+    held_out = [(line["step"], line["val_loss"]) for line in log if line.get("val_loss") is not None]
+    if steps:
+        axes.plot(*zip(*steps), color="#d4d4d4", linewidth=0.8)
+        window = max(1, len(steps) // 50)
+        means = [(steps[i][0], mean(loss for _, loss in steps[i - window : i]))
+                 for i in range(window, len(steps))]  # fmt: skip
+        if means:
+            axes.plot(*zip(*means), color="#525252", label=f"training, mean of {window} steps")
+    if held_out:
+        axes.plot(*zip(*held_out), color="#c2410c", marker="o", markersize=3, label="held-out text")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

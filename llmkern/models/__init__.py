@@ -1,5 +1,6 @@
 """Models built from `llmkern.nn`."""
 
+from .bert import BERT, BERTConfig
 from .build import build, describe
 from .causal import CausalLM
 from .classifier import Classifier, ClassifierConfig
@@ -12,10 +13,12 @@ from .presets import PRESETS, preset
 from .pretrained import from_pretrained, save_pretrained
 
 __all__ = [
+    "BERT",
     "GGUF",
     "GPT",
     "LLAMA_PRESETS",
     "PRESETS",
+    "BERTConfig",
     "CausalLM",
     "Classifier",
     "ClassifierConfig",

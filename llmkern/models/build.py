@@ -5,11 +5,16 @@ from typing import Any
 
 from torch import nn
 
+from .bert import BERT, BERTConfig
 from .gpt import GPT, GPTConfig
 from .llama import Llama, LlamaConfig
 
 # name -> model, its config
-KINDS: dict[str, tuple[type[nn.Module], type]] = {"GPT": (GPT, GPTConfig), "Llama": (Llama, LlamaConfig)}
+KINDS: dict[str, tuple[type[nn.Module], type]] = {
+    "GPT": (GPT, GPTConfig),
+    "Llama": (Llama, LlamaConfig),
+    "BERT": (BERT, BERTConfig),
+}
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

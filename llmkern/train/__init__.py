@@ -2,7 +2,19 @@
 
 from . import checkpoint
 from .checkpoint import Checkpoint
-from .loop import Record, TrainConfig, Trainer, evaluate
-from .schedule import warmup_cosine
+from .config import RunConfig, TrainConfig
+from .loop import NotFinite, Record, Trainer, evaluate
+from .schedule import warmup_cosine, warmup_stable_decay
 
-__all__ = ["Checkpoint", "Record", "TrainConfig", "Trainer", "checkpoint", "evaluate", "warmup_cosine"]
+__all__ = [
+    "Checkpoint",
+    "NotFinite",
+    "Record",
+    "RunConfig",
+    "TrainConfig",
+    "Trainer",
+    "checkpoint",
+    "evaluate",
+    "warmup_cosine",
+    "warmup_stable_decay",
+]

@@ -119,7 +119,7 @@ def save(
             folder.write(OPTIMIZER, safetensors_pieces(tensors))
             folder.write(TOKENIZER, [tokenizer.to_json().encode()])
             folder.write(STATE, [json.dumps(fields, indent=1).encode()])
-        _prune(path.parent, keep)
+        prune(path, keep)
     except OSError as error:
         raise UserError(
             f"the checkpoint of step {step} cannot be written to {str(path.parent)!r} ({error.strerror}); "
@@ -133,9 +133,10 @@ def _last_good(run: Path) -> str:
     return f"the last good one is {names[-1]}, as it was" if names else "there is none before it"
 
 
-def _prune(root: Path, keep: int) -> None:
-    old = folders(root.parent)[:-keep] if keep else []
-    for path in old:
+def prune(newest: Path, keep: int) -> None:
+    """Remove the checkpoints of the run before the last `keep` up to `newest`, a whole one; 0 keeps all."""
+    upto = [path for path in folders(newest.parent.parent) if path.name <= newest.name]
+    for path in upto[:-keep] if keep else []:
         durable.remove(path)
 
 

@@ -4,37 +4,26 @@
         print(record.step, record.loss)
 
 A model is called as `model(inputs, targets)` and returns (logits, loss); batches are anything with
-`batches[step] -> (inputs, targets)`.  Two trainers in a `zip` take turns, step by step.
+`batches[i] -> (inputs, targets)`.  Two trainers in a `zip` take turns, step by step.
 """
 
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .schedule import warmup_cosine
+from ..optim import AdamW
+from .config import TrainConfig
+from .schedule import learning_rate
 
 
 class IndexedBatches(Protocol):
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]: ...
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train.  Parameters with fewer than two dimensions (biases, norms) do not decay."""
-
-    steps: int
-    learning_rate: float = 1e-3  # at the end of the warm-up
-    min_learning_rate: float = 1e-4  # at the last step
-    warmup_steps: int = 20
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    grad_clip: float = 1.0  # greatest norm of all gradients together
-    dtype: torch.dtype = torch.float32  # bfloat16: autocast; the parameters stay in float32
 
 
 class Record(NamedTuple):
@@ -48,13 +37,47 @@ class Record(NamedTuple):
     seconds: float  # of the whole step, batch and optimizer included
 
 
-class Trainer:
-    """Iterate over it to train: each item is the `Record` of one step."""
+class NotFinite(FloatingPointError):
+    """A loss or gradient that is NaN or infinite.
 
-    def __init__(self, model: nn.Module, batches: IndexedBatches, config: TrainConfig) -> None:
+    Attributes:
+        step: the step, from 0; the parameters may be spoilt by it.
+        batches: the numbers of its batches.
+    """
+
+    def __init__(self, what: str, value: float, step: int, batches: range) -> None:
+        super().__init__(f"the {what} is {value} at step {step}; try a lower learning rate")
+        self.step, self.batches = step, batches
+
+
+class Trainer:
+    """Iterate over it to train: each item is the `Record` of one step.
+
+    Args:
+        model: what to train, on its device.
+        batches: step n takes those from n * accumulate on.
+        config: how to train.
+        optimizer: over the model's parameters; by default llmkern's AdamW.
+
+    Attributes:
+        step: number of steps done.
+        scaler: of the loss in float16; does nothing in other dtypes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: IndexedBatches,
+        config: TrainConfig,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
         self.model, self.batches, self.config = model, batches, config
-        self.optimizer = adamw(model, config)
+        self.optimizer = optimizer or adamw(model, config, AdamW, max_norm=config.grad_clip or None)
+        device = next(model.parameters()).device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=config.dtype == "float16")
         self.step = 0
+        if config.activation_checkpointing:
+            checkpoint_layers(model)
 
     def __iter__(self) -> Iterator[Record]:
         while self.step < self.config.steps:
@@ -64,45 +87,97 @@ class Trainer:
         """Train one step.
 
         Raises:
-            FloatingPointError: the loss is not finite.
+            NotFinite: the loss or a gradient is not finite, unless the config says to skip it.
         """
         start = time.perf_counter()
-        config = self.config
-        rate = warmup_cosine(
-            self.step, config.steps, config.warmup_steps, config.learning_rate, config.min_learning_rate
-        )
+        c = self.config
+        rate = learning_rate(
+            c.schedule, self.step, c.steps, c.warmup_steps, c.decay_steps or c.steps // 5,
+            c.learning_rate, c.min_learning_rate,
+        )  # fmt: skip
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
-        inputs, targets = self.batches[self.step]  # (batch, block)
-        loss = compute_loss(self.model, inputs, targets, config.dtype)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-        self.optimizer.step()
+        loss, tokens = self._backward()
+        norm = self._update(loss)
         self.optimizer.zero_grad(set_to_none=True)
-        value = loss.item()  # waits for the device: only now is the step done
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss is {value} at step {self.step}; try a lower learning rate")
         self.step += 1
-        seconds = time.perf_counter() - start
-        return Record(self.step - 1, value, norm.item(), rate, inputs.numel(), seconds)
+        return Record(self.step - 1, loss, norm, rate, tokens, time.perf_counter() - start)
+
+    def batch_numbers(self, step: int) -> range:
+        """The numbers of the batches of a step."""
+        return range(step * self.config.accumulate, (step + 1) * self.config.accumulate)
+
+    def _backward(self) -> tuple[float, int]:
+        """Gradients of the mean loss over all batches of the step; returns that loss, and the tokens."""
+        total, tokens, share = None, 0, 1 / self.config.accumulate
+        for i in self.batch_numbers(self.step):
+            inputs, targets = self.batches[i]  # (batch, block)
+            loss = compute_loss(self.model, inputs, targets, self.config.torch_dtype)
+            self.scaler.scale(loss if share == 1 else loss * share).backward()
+            total = loss.detach() if total is None else total + loss.detach()
+            tokens += inputs.numel()
+        return total.item() * share, tokens  # waits for the device
+
+    def _update(self, loss: float) -> float:
+        """Step the optimizer; returns the norm of the gradients."""
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        elif self.config.nonfinite == "skip" and not (math.isfinite(loss) and math.isfinite(self._norm())):
+            return math.nan
+        if not math.isfinite(loss):
+            raise self._not_finite("loss", loss)
+        if isinstance(self.optimizer, AdamW) and self.optimizer.max_norm is not None:
+            scale = self.scaler.get_scale()
+            self.scaler.step(self.optimizer)  # clips inside
+            self.scaler.update()
+            if self.scaler.get_scale() < scale:  # an overflow: the step was left out
+                return math.inf
+            norm = self.optimizer.grad_norm.item()
+        else:
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf).item()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        if not math.isfinite(norm) and not self.scaler.is_enabled():
+            raise self._not_finite("norm of the gradients", norm)
+        return norm
+
+    def _norm(self) -> float:
+        return nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).item()
+
+    def _not_finite(self, what: str, value: float) -> NotFinite:
+        return NotFinite(what, value, self.step, self.batch_numbers(self.step))
 
 
 def compute_loss(model: nn.Module, inputs: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
     """The model's loss, under autocast unless `dtype` is float32."""
-    with torch.autocast(inputs.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        _, loss = model(inputs, targets)
-    return loss
+    if dtype == torch.float32:
+        return model(inputs, targets)[1]
+    with torch.autocast(inputs.device.type, dtype=dtype):
+        return model(inputs, targets)[1]
 
 
-def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def adamw(
+    model: nn.Module, config: TrainConfig, kind: type[torch.optim.AdamW], **options: object
+) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) that decays matrices and embeddings only."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    groups = [group for group in groups if group["params"]]
+    return kind(groups, lr=config.learning_rate, betas=config.betas, **options)
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Keep only the inputs of the model's layers, and compute the layers again in backward.
+
+    The layers are the longest `nn.ModuleList` of the model.  Source: Chen et al. 2016, arXiv:1604.06174.
+    """
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    for layer in max(lists, key=len, default=()):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 @torch.no_grad()
