@@ -34,7 +34,7 @@ def rewrite(graph: Rewriter) -> None:
         kwargs: dict[str, Any] = dict(dropout_p=dropout_p, output_dropout_p=output_dropout_p)
         if gate is not None:
             kwargs |= dict(weight_gate=gate.weight, bias_gate=gate.bias)
-        graph.replace(last, ops.ffn, args, kwargs, "linear, activation, linear", "llmkern.ops.ffn")
+        graph.replace(last, ops.ffn, args, kwargs, "linear, activation, linear", "llmkern.ops.ffn", at=node)
 
 
 def _linear(node: fx.Node) -> Linear:

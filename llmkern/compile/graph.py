@@ -95,8 +95,9 @@ class Rewriter:
         yield from [node for node in self.graph.nodes if name(node) in names]
 
     def replace(
-        self, node: fx.Node, function: Callable, args: tuple, kwargs: dict[str, Any], was: str, now: str
-    ) -> bool:
+        self, node: fx.Node, function: Callable, args: tuple, kwargs: dict[str, Any], was: str, now: str,
+        at: fx.Node | None = None,
+    ) -> bool:  # fmt: skip
         """Put a call of `function` where `node` is, and take away what only it needed.
 
         Not done when something that was read before is written to in place.
@@ -104,12 +105,13 @@ class Rewriter:
         read = [a for a in (*args, *kwargs.values()) if isinstance(a, fx.Node)]
         if any(self.is_written(a) for a in read if a not in node.all_input_nodes):
             return False
+        path = where(at or node)
         with self.graph.inserting_before(node):
             new = self.graph.call_function(function, args, kwargs)
         new.meta.update(node.meta)
         node.replace_all_uses_with(new)
         self.erase(node)
-        self.entries.append(Entry(where(new), was, now))
+        self.entries.append(Entry(path, was, now))
         return True
 
     def is_written(self, node: fx.Node) -> bool:
