@@ -81,6 +81,10 @@ class SQUARE(Op):
     def benchmarks(make: Make) -> Iterator[Sample]:
         for n in (64, 128):
             yield Sample(f"{n}x{n}", (make(n, n),), {})
+
+    @staticmethod
+    def draw(make: Make) -> Sample:
+        return Sample("random", (make.laid_out(make.size(9), make.size(9)),), {})
 '''
 
 

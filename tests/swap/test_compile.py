@@ -240,7 +240,7 @@ def test_report_and_name():
     torch.compile(model, backend="llmkern_test")(torch.randn(2, D))
     assert {(e.path, e.now) for e in llmkern.backend.report.changed} == {
         ("0", "llmkern.nn.functional.layer_norm"),
-        ("1", "llmkern.ops.ffn"),
+        ("1.b", "llmkern.ops.ffn"),
     }
     points = {p.name: p for p in metadata.entry_points(group="torch_dynamo_backends")}
     if "llmkern" not in points:
