@@ -5,6 +5,8 @@ from torch import Tensor
 
 from .. import ops
 
+MANY = 16  # first tokens from which on attention's kernel is the faster one
+
 
 class KVCache:
     """Keys and values of the tokens that one attention layer has seen, for generation.
@@ -71,6 +73,13 @@ class KVCache:
         Raises:
             ValueError: what does not fit, as `decode_attention`.
         """
+        if key is not None and self._begins(query, key, options):
+            return self._attend_first(query, key, value, **options)
+        return self._attend(query, key, value, **options)
+
+    def _attend(
+        self, query: Tensor, key: Tensor | None, value: Tensor | None, **options: object
+    ) -> Tensor | tuple[Tensor, Tensor]:
         out = ops.decode_attention(
             self._cast(query), self.k, self.v, self.lengths, self._cast(key), self._cast(value),
             block_table=self.block_table, k_scale=self.k_scale, v_scale=self.v_scale, **options,
@@ -79,10 +88,35 @@ class KVCache:
             self.lengths += key.shape[2]
         return (out[0].to(query.dtype), out[1]) if isinstance(out, tuple) else out.to(query.dtype)
 
+    def _begins(self, query: Tensor, key: Tensor, options: dict) -> bool:
+        """Whether these are the first tokens of all sequences, and many: then attention's kernel, which is
+        made for many queries, is several times faster.
+
+        On a GPU looking at the lengths would mean waiting for it; and while tracing, breaking the graph.
+        """
+        if key.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        many = MANY <= key.shape[2] <= self.k.shape[2] and query.shape[2] == key.shape[2]
+        one_piece = self.block_table is None and self.k_scale is None
+        known = options.keys() <= {"cos", "sin", "interleaved", "window"}
+        return many and one_piece and known and not self.lengths.any()
+
+    @torch.no_grad()  # as decode_attention
+    def _attend_first(
+        self, query: Tensor, key: Tensor, value: Tensor, *, window: tuple[int, int] | None = None,
+        **rotation: object,
+    ) -> Tensor:  # fmt: skip
+        length, q = key.shape[2], self._cast(query)
+        self.append(key, value, **rotation)
+        if rotation.get("cos") is not None:
+            q = ops.rope(q, None, **rotation)
+        k, v = self.k[:, :, :length], self.v[:, :, :length]
+        return ops.attention(q, k, v, is_causal=True, window=window).to(query.dtype)
+
     def append(self, key: Tensor, value: Tensor, **options: object) -> None:
         """Append key and value, (B, H_kv, T, D), without a query; options cos, sin and interleaved."""
         batch, _, length, dim = key.shape
-        self.attend(key.new_empty(batch, 0, length, dim), key, value, **options)
+        self._attend(key.new_empty(batch, 0, length, dim), key, value, **options)
 
     def reset(self) -> None:
         """Forget all tokens."""

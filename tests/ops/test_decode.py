@@ -29,27 +29,38 @@ def rope(positions: int, half: int, device: str) -> tuple[Tensor, Tensor]:
     return angles.cos().to(device), angles.sin().to(device)
 
 
+@pytest.mark.parametrize("window", [None, (6, 0)])
+@pytest.mark.parametrize("prompt", [9, 25])
 @pytest.mark.parametrize("page_size", [None, 4])
-def test_token_by_token_is_causal_attention(backend: str, device: str, page_size: int | None):
-    """The prompt, then one token, then two, as attention over the whole sequence has them."""
-    q, k, v = randn(2, 4, 12, 8, device=device), *(randn(2, 2, 12, 8, device=device, seed=s) for s in (1, 2))
-    cos, sin = rope(16, 3, device)
+def test_token_by_token_is_causal_attention(
+    backend: str, device: str, page_size: int | None, prompt: int, window: tuple[int, int] | None
+):
+    """The prompt, then one token, then 19, as attention over the whole sequence has them; on a CPU a long
+    prompt goes through attention's kernel.
+    """
+    n = prompt + 20
+    q, k, v = randn(2, 4, n, 8, device=device), *(randn(2, 2, n, 8, device=device, seed=s) for s in (1, 2))
+    cos, sin = rope(48, 3, device)
 
     def rotated(x: Tensor) -> Tensor:  # Su et al. 2021, with complex numbers
         pairs = torch.complex(x[..., :3].double(), x[..., 3:6].double())
-        turned = pairs * torch.complex(cos[:12].double(), sin[:12].double())
+        turned = pairs * torch.complex(cos[:n].double(), sin[:n].double())
         return torch.cat((turned.real, turned.imag, x[..., 6:].double()), dim=-1)
 
+    back = torch.arange(n, device=device)[:, None] - torch.arange(n, device=device)
+    seen = (back >= 0) & (back <= (n if window is None else window[0]))
     expected = F.scaled_dot_product_attention(
-        rotated(q), rotated(k), v.double(), is_causal=True, enable_gqa=True
+        rotated(q), rotated(k), v.double(), attn_mask=seen, enable_gqa=True
     )
-    cache = KVCache(2, 2, 16, 8, device=device, page_size=page_size)
-    with ops.use(backend):
-        for i, j in ((0, 9), (9, 10), (10, 12)):
+    cache = KVCache(2, 2, 48, 8, device=device, page_size=page_size)
+    with ops.use(backend), ops.dispatch.record() as ran:
+        for i, j in ((0, prompt), (prompt, prompt + 1), (prompt + 1, n)):
             new = (t[:, :, i:j] for t in (q, k, v))
-            out = cache.attend(*new, cos=cos, sin=sin)
+            out = cache.attend(*new, cos=cos, sin=sin, window=window)
             torch.testing.assert_close(out.double(), expected[:, :, i:j], rtol=1e-5, atol=1e-5)
-    assert cache.lengths.tolist() == [12, 12]
+    assert cache.lengths.tolist() == [n, n]
+    through_attention = prompt >= 16 and page_size is None and device == "cpu"
+    assert ("attention_fwd" in {half for half, _ in ran}) == through_attention
 
 
 @pytest.mark.parametrize("paged", [False, True])
