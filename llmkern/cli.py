@@ -18,6 +18,8 @@ from .errors import UserError
 COMMANDS = {
     "data": "prepare text: clean it, remove duplicates, tokenise it into shards",
     "demo": "train a small GPT twice, as plain PyTorch and with the kernels, and compare the two",
+    "evaluate": "measure a model on text, or a classifier on labelled texts",
+    "finetune": "train a checkpoint on, to classify texts or to write like others; with or without LoRA",
     "generate": "write text after a prompt with any checkpoint",
     "train": "pre-train a model on prepared data, and go on where it was stopped or killed",
     "info": "show versions, the processor, the GPU, and which kernels every op has here",

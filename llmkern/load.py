@@ -91,12 +91,18 @@ def _quantize(model: nn.Module, bits: str) -> None:
         raise UserError(f"{bits} is not possible: {left[0].path} cannot be quantised, {left[0].note}")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of every command that opens a model; `load_from` reads them."""
+def add_arguments(parser: argparse.ArgumentParser, weights: bool = True) -> None:
+    """The arguments of every command that opens a model; `load_from` reads them.
+
+    Without `weights` there are none that change the weights, which then are float32.
+    """
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=
         "the folder of a run, a Hugging Face folder, or a .gguf file")  # fmt: skip
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json, if there is none beside the model")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    if not weights:
+        parser.set_defaults(dtype="float32", quantize=None)
+        return
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights, by default as they were saved")
     parser.add_argument("--quantize", choices=("int8", "int4"), help="round the weights of all linears")
 

@@ -62,3 +62,28 @@ def losses(path: Path, log: Sequence[dict[str, Any]], title: str) -> None:
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
+
+
+def confusion(path: Path, counts: Sequence[Sequence[int]], labels: Sequence[str], title: str) -> None:
+    """Save a PNG: a confusion matrix, shaded by the shares of each true class.
+
+    Args:
+        path: where to.
+        counts: (K, K); row is the true class, column the predicted one.
+        labels: names of the classes.
+        title: above the picture.
+    """
+    size = max(4.0, 0.7 * len(labels) + 2)
+    figure = Figure(figsize=(size + 0.5, size), layout="constrained")
+    axes = figure.subplots()
+    shares = [[n / max(1, sum(row)) for n in row] for row in counts]
+    axes.imshow(shares, cmap="Oranges", vmin=0, vmax=1)
+    for i, row in enumerate(counts):
+        for j, n in enumerate(row):
+            dark = shares[i][j] > 0.6
+            axes.text(j, i, f"{n:,}", ha="center", va="center", color="white" if dark else "black")
+    places = range(len(labels))
+    axes.set_xticks(places, labels, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(places, labels)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    figure.savefig(path, dpi=130)

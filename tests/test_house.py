@@ -24,6 +24,18 @@ MAY_IMPORT = {
     "llmkern/text": {"text", "durable", "errors"},
     "llmkern/plan": {"plan", "models", "errors", "display"},
     "llmkern/generate": {"generate", "models", "text", "load", "errors"},
+    "llmkern/evaluate": {"evaluate", "models", "text", "load", "display", "plots", "errors"},
+    "llmkern/finetune": {
+        "finetune",
+        "evaluate",
+        "models",
+        "text",
+        "train",
+        "lora",
+        "load",
+        "display",
+        "errors",
+    },
     "llmkern/train": {"train", "models", "text", "ops", "optim", "durable", "errors"},
 }
 

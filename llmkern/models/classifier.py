@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .build import KINDS, build, describe
 from .causal import CausalLM
 
-PADDING = -1  # stands behind the tokens of shorter texts
+PADDING = -1  # behind the tokens of shorter texts, as `llmkern.text.labelled` puts it
 
 
 @dataclass(frozen=True)
