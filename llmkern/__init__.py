@@ -1,7 +1,10 @@
 """llmkern: get a PyTorch GPT past the hardware wall it hits."""
 
+__version__ = "0.1.0"  # before the rooms, which print it
+
 from . import models, nn, ops, optim
 from .compile import backend
+from .diagnose import diagnose
 from .lora import lora_, merge_lora_, unmerge_lora_
 from .ops import empty_cache, set_fallback, use
 from .ops.explain import explain
@@ -14,6 +17,7 @@ __all__ = [
     "Int4WeightOnly",
     "Int8WeightOnly",
     "backend",
+    "diagnose",
     "disable_sdpa",
     "empty_cache",
     "enable_sdpa",
@@ -34,5 +38,3 @@ __all__ = [
     "unmerge_lora_",
     "use",
 ]
-
-__version__ = "0.1.0"

@@ -18,6 +18,7 @@ from .errors import UserError
 COMMANDS = {
     "data": "prepare text: clean it, remove duplicates, tokenise it into shards",
     "demo": "train a small GPT twice, as plain PyTorch and with the kernels, and compare the two",
+    "diagnose": "run one step of a model: which hardware wall every op hits, and what would move it",
     "evaluate": "measure a model on text, or a classifier on labelled texts",
     "finetune": "train a checkpoint on, to classify texts or to write like others; with or without LoRA",
     "generate": "write text after a prompt with any checkpoint",

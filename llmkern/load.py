@@ -50,7 +50,7 @@ def load(
         UserError: no model there, a broken one, or no tokenizer that fits it.
     """
     path = Path(path)
-    model, own = _open(path, dtype)
+    model, own = open_model(path, dtype)
     if tokenizer is None and own is None:
         raise UserError(f"{str(path)!r} has no {FILE_NAME}; give the model's with --tokenizer")
     words = own if tokenizer is None else load_tokenizer(tokenizer)
@@ -65,7 +65,8 @@ def load(
     return Loaded(model, words)
 
 
-def _open(path: Path, dtype: torch.dtype | None) -> tuple[nn.Module, Tokenizer | None]:
+def open_model(path: Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, Tokenizer | None]:
+    """The model at `path` on the CPU, and the tokenizer beside it, if there is one."""
     if not path.exists():
         raise UserError(
             f"{str(path)!r} does not exist; expected a run's folder, a Hugging Face folder, or a .gguf file"
