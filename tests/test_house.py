@@ -51,7 +51,8 @@ MAY_IMPORT = {
         "display",
         "errors",
     },
-    "llmkern/train": {"train", "models", "text", "ops", "optim", "durable", "errors"},
+    "llmkern/parallel": {"parallel", "models", "nn", "ops", "errors"},
+    "llmkern/train": {"train", "parallel", "models", "text", "ops", "optim", "durable", "errors"},
 }
 
 

@@ -104,19 +104,26 @@ def save(
         UserError: the disk is full or not writable; all earlier checkpoints are as they were.
     """
     tensors, groups = optimizer_state(optimizer, model) if optimizer else ({}, [])
-    fields = {
-        **(state or {}),
-        "format": FORMAT,
-        "step": step,
-        "model": describe(model),
-        "optimizer": groups,
-        "tokenizer_sha256": tokenizer.sha256(),
-    }
+    parts = {MODEL: module_tensors(model), OPTIMIZER: tensors}
+    fields = {**(state or {}), "model": describe(model), "optimizer": groups}
+    return write(run, step, parts, tokenizer, fields, keep)
+
+
+def write(
+    run: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    tokenizer: Tokenizer,
+    state: dict[str, Any],
+    keep: int = 2,
+) -> Path:
+    """The same from whole tensors by file name, and a state that describes model and optimizer."""
+    fields = {**state, "format": FORMAT, "step": step, "tokenizer_sha256": tokenizer.sha256()}
     path = run / FOLDER / f"step-{step:08d}"
     try:
         with durable.NewFolder(path) as folder:
-            folder.write(MODEL, safetensors_pieces(module_tensors(model)))
-            folder.write(OPTIMIZER, safetensors_pieces(tensors))
+            for name, many in tensors.items():
+                folder.write(name, safetensors_pieces(many))
             folder.write(TOKENIZER, [tokenizer.to_json().encode()])
             folder.write(STATE, [json.dumps(fields, indent=1).encode()])
         prune(path, keep)

@@ -8,11 +8,13 @@ from rich.console import Console
 
 from .. import ceilings, display
 from ..errors import UserError
+from ..models.build import describe
 from .config import RunConfig
 from .keys import read_file
 from .live import Live, token_flops
 from .log import read_log
 from .run import Run, Stopped
+from .team import speaks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +36,7 @@ def _shown(value: object) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, or 128 + the number of the signal that stopped it."""
-    console = display.make_console()
+    console = display.make_console() if speaks() else Console(quiet=True)
     config = read_config(args)
     if not config.data:
         raise UserError("data is missing; give --data FOLDER, made by `llmkern data prepare`")
@@ -58,10 +60,11 @@ def _plan(run: Run) -> str:
     counts = ", ".join(f"{name} {split['tokens']:,}" for name, split in splits.items())
     about = run.model.config
     sizes = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(about).items())
+    mesh = f", {run.team.sizes} on {run.team.world} processes" if run.team else ""
     return (
         f"data      {c.data}: {counts} tokens\n"
-        f"model     {type(run.model).__name__}, {run.model.num_params():,} parameters: {sizes}\n"
-        f"training  {c.steps} steps of {tokens:,} tokens, {c.objective}, in {c.dtype} on {run.device}"
+        f"model     {describe(run.model)['kind']}, {run.model.num_params():,} parameters: {sizes}\n"
+        f"training  {c.steps} steps of {tokens:,} tokens, {c.objective}, in {c.dtype} on {run.device}{mesh}"
     )
 
 
@@ -78,7 +81,8 @@ def _train(run: Run, console: Console) -> int:
     except Stopped as stopped:
         console.print(f"Saved after step {stopped.step}; the same command goes on from there.")
         return 128 + stopped.signal
-    _report(run, console)
+    if run.leads:
+        _report(run, console)
     return 0
 
 

@@ -9,6 +9,7 @@ from ..text.batches import ORDERS
 from .keys import Settings, key
 from .schedule import SCHEDULES
 
+SAVERS = ("none", "bf16", "powersgd")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -58,6 +59,9 @@ class RunConfig(TrainConfig):
     mask_share: float = key(0.15, "of the places that objective masked predicts", least=0)
     seed: int = key(1337, "of weights, data order and dropout", least=0)
     device: str = key("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
+    parallel: str = key("", "mesh of processes that torchrun started, as dp=2,fsdp=2,tp=2,pp=1,cp=1")
+    saver: str = key("none", "how dp sends gradients: whole, in bfloat16, or of low rank", SAVERS)
+    timeout: float = key(600.0, "seconds after which an exchange between processes is given up", least=1)
     verify_data: bool = key(True, "compare every byte of the data with its checksum at the start")
 
     eval_every: int = key(250, "steps between validations; 0 is at the end alone", least=0)
@@ -72,5 +76,5 @@ class RunConfig(TrainConfig):
 # keys that leave the losses as they are, so that a run may go on with other values
 FREE = {
     "steps", "out", "device", "verify_data", "eval_every", "eval_batches", "save_every", "keep",
-    "log_every", "tensorboard", "plot", "activation_checkpointing",
+    "log_every", "tensorboard", "plot", "activation_checkpointing", "parallel", "timeout",
 }  # fmt: skip

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from ..optim import AdamW
 from .config import TrainConfig
 from .schedule import learning_rate
+
+if TYPE_CHECKING:
+    from ..parallel import Parallel
 
 
 class IndexedBatches(Protocol):
@@ -58,6 +61,7 @@ class Trainer:
         batches: step n takes those from n * accumulate on.
         config: how to train.
         optimizer: over the model's parameters; by default llmkern's AdamW.
+        parallel: the model on a mesh of devices; then the batches are this process's.
 
     Attributes:
         step: number of steps done.
@@ -70,8 +74,11 @@ class Trainer:
         batches: IndexedBatches,
         config: TrainConfig,
         optimizer: torch.optim.Optimizer | None = None,
+        parallel: "Parallel | None" = None,
     ) -> None:
-        self.model, self.batches, self.config = model, batches, config
+        self.model, self.batches, self.config, self.parallel = model, batches, config, parallel
+        if optimizer is None and parallel is not None:
+            optimizer = adamw(model, config, torch.optim.AdamW)
         self.optimizer = optimizer or adamw(model, config, AdamW, max_norm=config.grad_clip or None)
         device = next(model.parameters()).device.type
         self.scaler = torch.amp.GradScaler(device, enabled=config.dtype == "float16")
@@ -110,6 +117,11 @@ class Trainer:
 
     def _backward(self) -> tuple[float, int]:
         """Gradients of the mean loss over all batches of the step; returns that loss, and the tokens."""
+        if self.parallel is not None:
+            batches = [self.batches[i] for i in self.batch_numbers(self.step)]
+            loss_of = partial(compute_loss, dtype=self.config.torch_dtype)
+            loss = self.parallel.backward(batches, loss_of, self.scaler.scale)
+            return loss, self.parallel.data_world * sum(inputs.numel() for inputs, _ in batches)
         total, tokens, share = None, 0, 1 / self.config.accumulate
         for i in self.batch_numbers(self.step):
             inputs, targets = self.batches[i]  # (batch, block)
@@ -135,14 +147,21 @@ class Trainer:
                 return math.inf
             norm = self.optimizer.grad_norm.item()
         else:
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf).item()
+            norm = self._clip(self.config.grad_clip or math.inf)
             self.scaler.step(self.optimizer)
             self.scaler.update()
         if not math.isfinite(norm) and not self.scaler.is_enabled():
             raise self._not_finite("norm of the gradients", norm)
         return norm
 
+    def _clip(self, max_norm: float) -> float:
+        if self.parallel is not None:
+            return self.parallel.clip_grad_norm_(max_norm)
+        return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm).item()
+
     def _norm(self) -> float:
+        if self.parallel is not None:
+            return self._clip(math.inf)
         return nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).item()
 
     def _not_finite(self, what: str, value: float) -> NotFinite:
@@ -182,7 +201,7 @@ def checkpoint_layers(model: nn.Module) -> None:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: IndexedBatches, steps: int, dtype: torch.dtype = torch.float32
+    model: "nn.Module | Parallel", batches: IndexedBatches, steps: int, dtype: torch.dtype = torch.float32
 ) -> float:
     """Mean loss over the first `steps` batches, in nats per token; dropout is off."""
     training = model.training

@@ -30,6 +30,7 @@ from .config import FREE, RunConfig
 from .log import JsonLog, Log, TensorBoardLog, read_log
 from .loop import IndexedBatches, NotFinite, Trainer, evaluate
 from .stop import StopSignal
+from .team import Team
 from .tensors import fill_optimizer
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias")
@@ -58,11 +59,12 @@ class Run:
     Args:
         config: all keys.
         say: called with each sentence that the user should read, such as of a damaged checkpoint.
-        rank, world: of this process among those that train together.
 
     Attributes:
         config: with the sizes of the model filled in.
         model, trainer, tokenizer, data: what is trained.
+        team: the processes that train together, or None if this one is alone.
+        leads: whether this process writes and speaks for all.
         path: the folder.
         validations: (step, loss) so far.
 
@@ -70,10 +72,10 @@ class Run:
         UserError: a key, the data or the folder that does not fit.
     """
 
-    def __init__(
-        self, config: RunConfig, say: Callable[[str], None] = _warn, rank: int = 0, world: int = 1
-    ) -> None:
-        self.say, self.rank, self.world = say, rank, world
+    def __init__(self, config: RunConfig, say: Callable[[str], None] = _warn) -> None:
+        self.team = Team(config) if config.parallel else None
+        self.leads = self.team is None or self.team.rank == 0
+        self.say = say if self.leads else lambda sentence: None
         self.path = Path(config.out)
         self.device = pick_device(config.device)
         self.data = Data(config.data, config.verify_data)
@@ -86,7 +88,8 @@ class Run:
 
     def __enter__(self) -> "Run":
         """Lock the folder, make the model, and go on where the newest checkpoint is."""
-        self._lock()
+        if self.leads:
+            self._lock()
         try:
             self._start()
         except BaseException:
@@ -113,7 +116,7 @@ class Run:
         self.stack.callback(lock.release)
 
     def _start(self) -> None:
-        for folder in (self.path, self.path / checkpoint.FOLDER):
+        for folder in (self.path, self.path / checkpoint.FOLDER) if self.leads else ():
             durable.sweep(folder)
         torch.manual_seed(self.config.seed)
         found = checkpoint.newest(self.path, self.say)
@@ -124,8 +127,11 @@ class Run:
         else:
             self.config = resolve(self.config, asdict(PRESETS[self.config.preset]))
             model = build_model(self.config, len(self.tokenizer))
-        self.model = model.to(self.device)
-        self.trainer = Trainer(self.model, self.batches("train"), self.config)
+        self.model, parallel = model.to(self.device), None
+        if self.team is not None:
+            parallel = self.team.divide(self.model, self.config, self.device, found.step if found else 0)
+            self.stack.callback(self.team.leave)
+        self.trainer = Trainer(self.model, self.batches("train"), self.config, parallel=parallel)
         if found is not None:
             self._resume(found)
         self._write("config.toml", self.config.to_toml())
@@ -144,15 +150,17 @@ class Run:
         return start
 
     def _write(self, name: str, text: str) -> None:
-        durable.write_file(self.path / name, text.encode())
+        if self.leads:
+            durable.write_file(self.path / name, text.encode())
 
     def batches(self, split: str) -> IndexedBatches:
         """The batches of "train" or "val"; those to validate with do not change."""
         c = self.config
+        rank, world = self.team.part if self.team else (0, 1)
         try:
             batches = Batches(
-                self.data.tokens(split), c.batch_size, c.block_size, c.seed, self.device,
-                c.order if split == "train" else "random", self.rank, self.world,
+                self.data.tokens(split), c.batch_size // world, c.block_size, c.seed, self.device,
+                c.order if split == "train" else "random", rank, world,
             )  # fmt: skip
         except UserError as error:
             raise UserError(f"data {c.data!r}, split {split}: {error}") from None
@@ -185,12 +193,25 @@ class Run:
 
     def _resume(self, found: checkpoint.Checkpoint) -> None:
         state = found.state
-        fill_optimizer(self.trainer.optimizer, self.model, found.optimizer_tensors(), state["optimizer"])
+        tensors, groups = found.optimizer_tensors(), state["optimizer"]
+        if self.team is not None:
+            tensors, groups = self.team.divide_optimizer(self.model, tensors, groups)
+        fill_optimizer(self.trainer.optimizer, self.model, tensors, groups)
         self.trainer.scaler.load_state_dict(state["scaler"])
         self.trainer.step = found.step
-        rng.set_rng_state(state["rng"])
-        checkpoint.prune(found.folder, self.config.keep)  # where a save was killed before its end
+        self._set_rng(state["rng"], found.step)
+        if self.leads:
+            checkpoint.prune(found.folder, self.config.keep)  # where a save was killed before its end
         self.say(f"goes on after step {found.step} of {str(self.path)!r}")
+
+    def _set_rng(self, states: dict[str, Any] | list[dict[str, Any]], step: int) -> None:
+        """Those of this process; where another number of processes had been saved, new ones of the step."""
+        states = states if isinstance(states, list) else [states]
+        rank, world = (self.team.rank, self.team.world) if self.team else (0, 1)
+        if len(states) == world:
+            rng.set_rng_state(states[rank])
+        else:
+            torch.manual_seed(hash((self.config.seed, step, rank)) % 2**63)
 
     def finished(self) -> bool:
         """Whether all steps are done and validated."""
@@ -208,8 +229,8 @@ class Run:
             UserError: the loss is not finite, or the disk is full; the last good checkpoint is named.
         """
         c, t = self.config, self.trainer
-        own: list[Log] = [JsonLog(self.path, t.step, c.log_every)]
-        if c.tensorboard:
+        own: list[Log] = [JsonLog(self.path, t.step, c.log_every)] if self.leads else []
+        if c.tensorboard and self.leads:
             own.append(TensorBoardLog(self.path, t.step, c.log_every))
         self.logs = [*own, *logs]
         with ExitStack() as stack, StopSignal() as stop:
@@ -220,10 +241,11 @@ class Run:
                     self.validate()
                 self._step()
                 due = c.save_every and t.step % c.save_every == 0
-                if due or t.step == c.steps or stop.number is not None:
+                stopped = self.team.agree(stop.number or 0) if self.team else stop.number
+                if due or t.step == c.steps or stopped:
                     self.save()
-                if stop.number is not None:
-                    raise Stopped(stop.number, t.step)
+                if stopped:
+                    raise Stopped(stopped, t.step)
             self.validate()
 
     def _step(self) -> None:
@@ -249,7 +271,9 @@ class Run:
         if "val" not in self.data.splits:
             return None
         batches, steps = self.batches("val"), self.config.eval_batches
-        loss = evaluate(self.model, batches, steps, self.config.torch_dtype)
+        parallel = self.trainer.parallel
+        loss = evaluate(parallel or self.model, batches, steps, self.config.torch_dtype)
+        loss = parallel.mean(loss) if parallel else loss
         self.validations.append((self.trainer.step, loss))
         for log in self.logs:
             log.validation(self.trainer.step, loss)
@@ -259,17 +283,23 @@ class Run:
         """Write a checkpoint with all that the next step depends on."""
         for log in self.logs:
             log.flush()
+        t = self.trainer
         state = {
             "config": asdict(self.config),
             "data_sha256": self.data.sha256,
-            "scaler": self.trainer.scaler.state_dict(),
-            "rng": rng.get_rng_state(),
+            "scaler": t.scaler.state_dict(),
+            "rng": self.team.collect(rng.get_rng_state()) if self.team else rng.get_rng_state(),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
-        t = self.trainer
-        return checkpoint.save(
-            self.path, t.step, self.model, self.tokenizer, t.optimizer, state, self.config.keep
-        )
+        if self.team is None:
+            return checkpoint.save(
+                self.path, t.step, self.model, self.tokenizer, t.optimizer, state, self.config.keep
+            )
+        tensors, fields = self.team.gather(self.model, t.optimizer)
+        if self.leads:
+            checkpoint.write(self.path, t.step, tensors, self.tokenizer, state | fields, self.config.keep)
+        self.team.wait()
+        return self.path / checkpoint.FOLDER / f"step-{t.step:08d}"
 
 
 def pick_device(name: str) -> str:

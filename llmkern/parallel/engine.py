@@ -1,0 +1,133 @@
+"""A model placed on a mesh, and what a training step does differently there."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from . import norm, savers
+from .mesh import Sizes
+from .spine import layers_of
+
+IGNORED = -100  # a target that does not count
+
+Batch = tuple[Tensor, Tensor]  # inputs and targets, (rows, block)
+
+
+class Parallel:
+    """One of our models on a mesh.  All processes make it, from equal weights; it is called like the model.
+
+    Args:
+        model: its parameters are replaced by this process's parts, in place.
+        mesh: as `start` gives it.
+        dtype: of matrix products; FSDP gathers weights in it.
+        saver: how gradients of dp are sent: "none", "bf16" or "powersgd".
+
+    Attributes:
+        model: what was given.
+        sizes: of the mesh.
+        data_rank, data_world: which part of the rows of each batch is this process's.
+    """
+
+    def __init__(
+        self, model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype = torch.float32, saver: str = "none"
+    ) -> None:
+        self.model, self.mesh = model, mesh
+        self.sizes = s = Sizes(**dict(zip(mesh.mesh_dim_names, mesh.shape)))
+        coordinate = dict(zip(mesh.mesh_dim_names, mesh.get_coordinate()))
+        self.data_rank, self.data_world = coordinate["dp"] * s.fsdp + coordinate["fsdp"], s.data
+        self.averaged = mesh["dp", "fsdp", "cp"]._flatten("data").get_group()  # its members see other tokens
+        if s.fsdp == s.tp == s.pp == 1:
+            self.module: nn.Module = DistributedDataParallel(model, process_group=self.averaged)
+            savers.register(self.module, saver, self.averaged)
+        else:
+            self.module = model
+            if s.data * s.cp > 1:
+                self._shard(dtype)
+
+    def _shard(self, dtype: torch.dtype) -> None:
+        """FSDP2: each layer is gathered by itself, and what is outside of layers with the model."""
+        # a kernel's output may be a view of its memory; nothing here writes into one
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        low = None if dtype == torch.float32 else dtype
+        options: dict[str, Any] = {
+            "mesh": self.mesh["dp", "fsdp"] if self.sizes.dp > 1 else self.mesh["fsdp"]
+        }
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+        for layer in layers_of(self.model):
+            fully_shard(layer, **options)
+        fully_shard(self.model, **options)
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor]:
+        """(logits or None, mean loss) of this process's rows."""
+        return self.module(inputs, targets)
+
+    @property
+    def training(self) -> bool:
+        return self.module.training
+
+    def train(self, mode: bool = True) -> None:
+        self.module.train(mode)
+
+    def eval(self) -> None:
+        self.module.eval()
+
+    def backward(
+        self, batches: Sequence[Batch], loss_of: Callable[..., Tensor], scale: Callable[[Tensor], Tensor]
+    ) -> float:
+        """Gradients of the mean loss over all batches and all processes.
+
+        Args:
+            batches: of this process, one for each accumulation.
+            loss_of: (self, inputs, targets) to the mean loss of this process.
+            scale: of a gradient scaler.
+
+        Returns:
+            That loss, the same on all processes.
+        """
+        shares = self.shares([targets for _, targets in batches])
+        total = torch.zeros(())
+        for n, (inputs, targets) in enumerate(batches):
+            with self._reduced_at(n == len(batches) - 1):
+                loss = loss_of(self, inputs, targets) * shares[n]
+                scale(loss).backward()
+            total += loss.detach().float().cpu()
+        return self.mean(total.item())
+
+    def _reduced_at(self, last: bool) -> Any:
+        """Gradients are exchanged in the backward of the last batch alone."""
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_gradient_sync(last)
+        elif isinstance(self.module, DistributedDataParallel) and not last:
+            return self.module.no_sync()
+        return nullcontext()
+
+    def shares(self, targets: Sequence[Tensor]) -> list[float]:
+        """Factors of the mean losses of this process's batches, so that their average is that of all tokens.
+
+        Rows and ignored targets may be other in number on each process; where they are not, it is 1 over the
+        number of batches.
+        """
+        kept = torch.tensor([float((t != IGNORED).sum()) for t in targets], dtype=torch.float64)
+        total = kept.to(self.mesh.device_type, copy=True)
+        dist.all_reduce(total, group=self.averaged)
+        world = dist.get_world_size(self.averaged)
+        return [mine * world / (all_ * len(targets)) for mine, all_ in zip(kept.tolist(), total.tolist())]
+
+    def mean(self, value: float) -> float:
+        """The mean of a number over processes that see other tokens."""
+        total = torch.tensor(value, dtype=torch.float64, device=self.mesh.device_type)
+        dist.all_reduce(total, group=self.averaged)
+        return total.item() / dist.get_world_size(self.averaged)
+
+    def clip_grad_norm_(self, max_norm: float) -> float:
+        """Scale gradients so that the norm of all together is at most `max_norm`; returns it as it was."""
+        ranks = self.mesh.size() // self.sizes.pp
+        return norm.clip_grad_norm_(self.model.parameters(), max_norm, ranks).item()

@@ -1,0 +1,46 @@
+"""The norm of all gradients together, wherever their parts are."""
+
+from collections.abc import Iterable
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def local(t: Tensor) -> Tensor:
+    """This process's part of a tensor."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def shards(t: Tensor) -> int:
+    """Processes that hold different parts of a tensor."""
+    if not isinstance(t, DTensor):
+        return 1
+    return prod(t.device_mesh.size(i) for i, p in enumerate(t.placements) if p.is_shard())
+
+
+@torch.no_grad()
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, ranks: int) -> Tensor:
+    """As `torch.nn.utils.clip_grad_norm_`, for parameters on any meshes; called by all processes.
+
+    Every process adds the squares of its parts, divided by the number of processes that hold the same.
+
+    Args:
+        parameters: of this process; a stage of a pipeline has its own.
+        max_norm: gradients are scaled so that their norm is at most this.
+        ranks: processes among which each parameter is divided or copied: those of one stage.
+
+    Returns:
+        The norm before, float64; the same on all processes.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    parts = [local(g).float().square().sum().double() * (shards(g) / ranks) for g in grads]
+    total = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
+    dist.all_reduce(total)
+    norm = total.sqrt()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for g in grads:
+        local(g).mul_(factor.to(g.dtype))
+    return norm

@@ -1,0 +1,100 @@
+"""What happens when processes die, or are too many or too few."""
+
+import launch
+import pytest
+import small_run
+import torch
+from launch import DYING, torchrun
+
+from llmkern.errors import UserError
+from llmkern.parallel.mesh import Sizes, launched
+from llmkern.train import checkpoint
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+SHAPE = {"heads": 4, "key heads": 2, "inner width": 64, "layers": 2, "vocab_size": 33}
+# what dies, at which call: before step 4; where the second checkpoint is gathered; while it is written
+MOMENTS = {"step": (1, 4), "gather": (1, 3), "write": (0, 6)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return small_run.make_data(tmp_path_factory.mktemp("data") / "tokens")
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken")
+    arguments = launch.train(data, out, "--parallel", "fsdp=2", "--steps", "6")
+    code, said = torchrun(2, ["-m", "llmkern", *arguments])
+    assert code == 0, said
+    return small_run.outcome(out)
+
+
+def _killed(moment: str, data, out, unbroken) -> None:
+    rank, call = MOMENTS[moment]
+    arguments = launch.train(data, out, "--parallel", "fsdp=2", "--steps", "6")
+    program = [str(DYING), str(rank), moment, str(call), *arguments]
+    code, said = torchrun(2, program, "--max-restarts", "1")
+    assert code == 0, said
+    assert "goes on after step" in said
+    assert small_run.outcome(out) == unbroken
+
+
+def test_killed_while_a_checkpoint_is_written(data, tmp_path, unbroken):
+    _killed("write", data, tmp_path, unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["step", "gather"])
+def test_killed_at_other_moments(moment, data, tmp_path, unbroken):
+    _killed(moment, data, tmp_path, unbroken)
+
+
+@pytest.mark.slow
+def test_other_numbers_of_processes_go_on(data, tmp_path):
+    """Two, then one, then two others: the same as one alone, but for rounding."""
+    keys = ("--dropout", "0", "--schedule", "constant")
+    runs = [(2, "fsdp=2", 2), (1, "", 4), (2, "dp=2", 6)]
+    for processes, mesh, steps in runs:
+        arguments = launch.train(data, tmp_path / "run", *keys, "--parallel", mesh, "--steps", str(steps))
+        program = ["-m", "llmkern", *arguments]
+        code, said = torchrun(processes, program) if mesh else launch.single(arguments)
+        assert code == 0, said
+    code, said = launch.single(launch.train(data, tmp_path / "whole", *keys, "--steps", "6"))
+    assert code == 0, said
+    got, expected = (checkpoint.load(tmp_path / name).model_tensors() for name in ("run", "whole"))
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("dp=2,pd=2", "'pd' is unknown"),
+        ("dp=2,dp=2", "'dp' is twice"),
+        ("tp=two", "tp is 'two', expected a whole number"),
+        ("fsdp=0", "fsdp is '0', expected a whole number of at least 1"),
+        ("fsdp=3", "a mesh of 1 x 1 x 3 x 1 x 1 = 3 processes"),
+        ("fsdp=8", "dp x fsdp is 8, which does not divide batch_size 4"),
+        ("tp=8", "tp is 8, which does not divide heads 4"),
+        ("tp=4", "tp is 4, which does not divide key heads 2"),
+        ("tp=2,fsdp=2", "tp is 2, which does not divide vocab_size 33"),
+        ("cp=8", "2 cp is 16, which does not divide block_size 24"),
+        ("pp=4", "pp is 4, expected at most the 2 layers"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_one_sentence(text, says):
+    with pytest.raises(UserError, match=says) as error:
+        sizes = Sizes.parse(text)
+        sizes.check(4 if text == "fsdp=3" else sizes.world, 4, 24, SHAPE)
+    assert "\n" not in str(error.value)
+
+
+def test_a_launcher_is_needed(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match="RANK is not set; start it with `torchrun"):
+        launched()
+    for name, value in {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="RANK is '2' and WORLD_SIZE '2'"):
+        launched()
