@@ -83,11 +83,12 @@ def _resident_rise(call: Call) -> int | None:
         reset.write_text("5")  # sets the peak back to the present
     except (OSError, AttributeError):
         return None
-    before = _status("VmRSS")
+    before = status("VmRSS")
     call()
-    return max(0, _status("VmHWM") - before)
+    return max(0, status("VmHWM") - before)
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
+    """Bytes of this process as Linux counts them: "VmRSS", or "VmHWM", the most it had."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024

@@ -7,6 +7,7 @@ what they get, and no causal mask is applied.  Swapped, it computes the same.
 """
 
 import argparse
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +36,17 @@ class Transformer(nn.Module):
 
 
 def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    logits = model(inputs)
+    return cross_entropy(model(inputs), targets)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+
+
+def step() -> tuple[nn.Module, Tensor, Callable[[Tensor, Tensor], Tensor]]:
+    """For `llmkern diagnose examples/article.py:step`: the model, a batch of characters, the loss."""
+    model = Transformer(65, 256, 8, 1024, 4, 128, dropout=0.0)
+    return model, torch.randint(65, (32, 128)), cross_entropy
 
 
 def main(argv: list[str] | None = None) -> Result:

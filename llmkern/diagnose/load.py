@@ -137,6 +137,7 @@ def _import(where: str) -> Any:
             spec = importlib.util.spec_from_file_location(Path(where).stem, where)
             module = importlib.util.module_from_spec(spec)
             sys.modules[spec.name] = module
+            sys.path.insert(0, str(Path(where).parent))  # as if python ran it
             spec.loader.exec_module(module)
             return module
         sys.path.insert(0, "")

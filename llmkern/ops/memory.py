@@ -33,6 +33,12 @@ def empty_cache() -> None:
         pool.pool_release()
 
 
+def keep(most: int) -> None:
+    """Let `most` bytes at most wait for the next large output; 0 gives all back at once."""
+    if pool := _pool():
+        pool.pool_limit(most)
+
+
 def cached_bytes() -> int:
     """How many bytes wait for the next large output."""
     return pool.pool_kept() if (pool := _pool()) else 0
