@@ -15,7 +15,9 @@ from torch import nn
 from .. import ceilings, machine
 from ..models import GPT, GPTConfig
 from ..optim import AdamW
+from ..quantize import Int4WeightOnly, Int8WeightOnly, quantize_
 from ..swap import swap_
+from .decode import DecodeStep
 from .profile import Points, Profile, load, points_of
 from .run import time_steps, trace, warm_up
 from .trace import LARGE, Call
@@ -68,17 +70,18 @@ def profile(device: str, dtype: torch.dtype, again: bool = False, say=lambda tex
         again: measure even if it was kept.
         say: told what is being measured.
     """
-    name = ceilings.dtype_name(dtype)
     about = machine.describe(device)
     found = None if again else load(about, device)
     if found is None:
         say("measuring this machine's ceilings")
         found = Profile(about, device, measure_ceilings(device))
         found.fresh = fresh_seconds(device)
-    if name not in found.points:
-        say(f"measuring what ops reach of them in {name}")
-        calibrate(found, dtype)
-        found.save()
+    for wanted in (torch.float32, torch.bfloat16, dtype):  # bfloat16 is what float32 is told to try
+        name = ceilings.dtype_name(wanted)
+        if name not in found.points:
+            say(f"measuring what ops reach of them in {name}")
+            calibrate(found, wanted)
+            found.save()
     return found
 
 
@@ -107,9 +110,11 @@ def calibrate(profile: Profile, dtype: torch.dtype, probes: list[Probe] = PROBES
         _collect(calls, profile, found)
         whole = min(time_steps(workload, 5, 0.3))
         beside.append((whole - sum(call.seconds for call in calls)) / len(calls))
-    profile.launch = max(0.0, *beside[:2])  # of the smallest models, where it is most of the time
-    for name, points in found.items():
-        profile.points.setdefault(name, {}).update(points)
+    if not profile.launch:
+        profile.launch = max(0.0, *beside[:2])  # of the smallest models, where it is most of the time
+    for name, table in found.items():
+        for op, points in table.items():
+            profile.points.setdefault(name, {}).setdefault(op, []).extend(points)
 
 
 def _collect(calls: list[Call], profile: Profile, found: dict[str, Points]) -> None:
@@ -161,3 +166,16 @@ def _workloads(probe: Probe, device: str, dtype: torch.dtype) -> Iterator[Worklo
             if swap:
                 workload.make_optimizer = lambda parameters: AdamW(parameters, lr=0.0)
             yield workload
+    if probe.width <= ENCODER_WIDTH:
+        yield from _decoding(probe, device, dtype)
+
+
+def _decoding(probe: Probe, device: str, dtype: torch.dtype) -> Iterator[Workload]:
+    """One new token for each sequence, with weights in full and in 8 and 4 bits."""
+    shape = GPTConfig(probe.vocabulary, probe.length, probe.layers, probe.heads, probe.width)
+    token = torch.randint(probe.vocabulary, (probe.batch, 1), device=device)
+    for config in (None, Int8WeightOnly(), Int4WeightOnly(group_size=32)):
+        model = GPT(shape).to(device)
+        if config is not None:
+            quantize_(model, config)
+        yield Workload(DecodeStep(model, probe.batch, probe.length - 1), token, "inference", dtype=dtype)

@@ -65,13 +65,14 @@ def run(args: argparse.Namespace) -> int:
     subject = load(args.model, args.batch, args.length, args.mode, device)
     dtype = DTYPES[args.dtype]
     profile = calibrate.profile(device, dtype, args.again, progress.print)
-    keep.save(profile)
+    name = keep.save(profile).name
     found = diagnose(
         subject.model, subject.batch, mode="train" if args.mode == "train" else "inference",
         loss_fn=subject.loss_fn, dtype=dtype, kv_cache=subject.kv_cache, apply=args.apply, profile=profile,
         say=progress.print,
     )  # fmt: skip
     found.name = args.model
+    found.notes += [*subject.notes, f"`llmkern plan MODEL --on {name}` plans for this machine as measured"]
     console.print_json(json.dumps(found.to_dict())) if args.json else console.print(render(found))
     if args.html is not None:
         found.save_html(args.html)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ceilings import dtype_name
+from ..ops import cached_bytes
 from ..swap import swap_
 from . import calibrate, energy
 from .memory import peak
@@ -18,6 +19,7 @@ from .remedies import remedies
 from .report import WALLS, Diagnosis, rows_of
 from .run import time_steps, trace, warm_up
 from .trace import Tracer
+from .units import size
 from .workload import MODES, Workload, check_batch, fused_adamw
 
 STEPS, SECONDS = 7, 12.0  # at most; of steps that are timed
@@ -208,6 +210,12 @@ def _doubts(found: Diagnosis, traced: float) -> list[str]:
         doubts.append(
             f"the step took {found.seconds / found.prediction.seconds:.1f} times what was predicted: "
             "something else may be using the machine, or it was measured in a better hour (--again)"
+        )
+    kept = cached_bytes() if found.profile.device == "cpu" else 0
+    if kept > 0.05 * found.peak_bytes:
+        doubts.append(
+            f"llmkern keeps {size(kept)} that its last outputs had for the next ones, which are not counted "
+            "here; llmkern.empty_cache() gives them back"
         )
     if traced > 1.3 * found.seconds + 0.05:
         doubts.append(

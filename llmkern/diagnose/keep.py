@@ -1,7 +1,6 @@
 """Put what was measured of this machine into the hardware catalogue of `llmkern plan`."""
 
 import os
-from pathlib import Path
 
 import torch
 
@@ -10,9 +9,11 @@ from ..plan.hardware import Hardware, save_measured
 from .profile import Profile
 
 
-def save(profile: Profile) -> Path:
-    """Add the machine to the user's catalogue; return its file."""
-    return save_measured(as_hardware(profile))
+def save(profile: Profile) -> Hardware:
+    """Add the machine to the user's catalogue."""
+    device = as_hardware(profile)
+    save_measured(device)
+    return device
 
 
 def as_hardware(profile: Profile) -> Hardware:

@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,11 @@ from ..errors import UserError
 from ..load import open_model
 from ..models import GPT, Llama
 from ..models.presets import LLAMA_PRESETS, PRESETS
+from .decode import DecodeStep
+
+ONE_CALL = (
+    "on a CPU generate() makes such a step in one C++ call, without the launches; here its ops run one by one"
+)
 
 
 @dataclass
@@ -26,29 +31,7 @@ class Subject:
     batch: Any
     loss_fn: Callable | None = None
     kv_cache: tuple[Tensor, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-class DecodeStep(nn.Module):
-    """One new token for each sequence of one of our models whose cache holds `length` tokens."""
-
-    def __init__(self, model: GPT | Llama, batch: int, length: int) -> None:
-        super().__init__()
-        self.model = model
-        self.length = length
-        self.caches = {batch: model.new_caches(batch, length + 1)}
-
-    def kv_cache(self) -> tuple[Tensor, ...]:
-        """Keys and values."""
-        return tuple(t for caches in self.caches.values() for t in (caches.k, caches.v))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, 1) token ids to (B, 1, V) logits."""
-        if len(tokens) not in self.caches:
-            self.caches = {len(tokens): self.model.new_caches(len(tokens), self.length + 1)}
-        caches = self.caches[len(tokens)]
-        caches.lengths.fill_(self.length)
-        return self.model.lm_head(self.model.hidden(tokens, caches))
+    notes: tuple[str, ...] = ()
 
 
 def load(name: str, batch: int, length: int | None, mode: str, device: str) -> Subject:
@@ -81,7 +64,8 @@ def load(name: str, batch: int, length: int | None, mode: str, device: str) -> S
         )
     if mode == "decode":
         step = DecodeStep(model, batch, tokens)
-        return Subject(step, torch.randint(vocabulary, (batch, 1), device=device), kv_cache=step.kv_cache())
+        token = torch.randint(vocabulary, (batch, 1), device=device)
+        return Subject(step, token, kv_cache=step.kv_cache(), notes=(ONE_CALL,) * (device == "cpu"))
     ids = torch.randint(vocabulary, (batch, tokens), device=device)
     return Subject(model, (ids, ids) if mode == "train" else (ids,))
 
@@ -110,7 +94,10 @@ def _from_function(name: str, batch: int, length: int | None, device: str) -> Su
         names = [n for n in vars(module) if not n.startswith("_") and callable(getattr(module, n))]
         near = get_close_matches(attribute, names, n=3) or names[:5]
         raise UserError(f"{where} has no function {attribute!r}; it has {', '.join(near) or 'none'}")
-    made = function()
+    try:
+        made = function()
+    except Exception as error:  # whatever somebody's function raises
+        raise UserError(f"{name} raised {type(error).__name__}: {_first_line(error)}") from error
     model, *rest = made if isinstance(made, tuple) else (made,)
     if not isinstance(model, nn.Module):
         raise UserError(
@@ -142,5 +129,10 @@ def _import(where: str) -> Any:
             return module
         sys.path.insert(0, "")
         return importlib.import_module(where)
-    except (ImportError, FileNotFoundError) as error:
-        raise UserError(f"MODEL names {where!r}, which cannot be imported: {error}") from error
+    except Exception as error:  # whatever somebody's module raises
+        problem = f"{type(error).__name__}: {_first_line(error)}"
+        raise UserError(f"MODEL names {where!r}, which cannot be imported: {problem}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

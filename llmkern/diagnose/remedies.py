@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..optim import AdamW
-from ..quantize import Int8WeightOnly, quantize_
+from ..quantize import Int4WeightOnly, Int8WeightOnly, quantize_
 from ..swap import swap_
 from .predict import Prediction, attempt, predict
 from .profile import Profile
@@ -100,11 +100,12 @@ def _changes(
             )  # fmt: skip
         yield _fsdp(now)
     else:
-        yield (
-            "int8 weights", "llmkern.quantize_(model, llmkern.Int8WeightOnly())",
-            tried(_quietly(partial(quantize_, config=Int8WeightOnly()))),
-            lambda then: f"linears read a byte a weight: {traffic(then)}",
-        )  # fmt: skip
+        for bits, config in ((8, Int8WeightOnly()), (4, Int4WeightOnly())):
+            yield (
+                f"int{bits} weights", f"llmkern.quantize_(model, llmkern.{type(config).__name__}())",
+                tried(_quietly(partial(quantize_, config=config))),
+                lambda then, bits=bits: f"linears read {bits} bits a weight: {traffic(then)}",
+            )  # fmt: skip
 
 
 def _fsdp(now: Prediction) -> tuple[str, str, Callable[[], Prediction], Callable[[Prediction], str]]:

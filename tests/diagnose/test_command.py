@@ -1,6 +1,7 @@
 """`llmkern diagnose`: models by every kind of name, and what it refuses."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from llmkern.cli import main
 from llmkern.diagnose import calibrate
 from llmkern.diagnose.load import load
 from llmkern.models import Llama, LlamaConfig, save_pretrained
+from llmkern.plan import hardware
 
 MODEL = """
 import torch
@@ -17,6 +19,7 @@ def make(): return nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 50))
 def pair(): return nn.Linear(4, 4), torch.randn(2, 4)
 def wrong(): return 3
 def bare(): return nn.Linear(4, 4)
+def boom(): raise KeyError("no\\nway")
 """
 
 
@@ -26,6 +29,7 @@ def _machine(profile, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(MODEL)
+    (tmp_path / "broken.py").write_text("def (")
 
 
 def _refused(capsys, *argv):
@@ -46,9 +50,11 @@ def test_json_and_page(capsys, tmp_path):
     assert (tmp_path / "a.html").read_text().startswith("<!doctype html>")
 
 
-def test_terminal(capsys):
+def test_terminal_and_the_name_under_which_plan_knows_the_machine(capsys):
     assert main(["diagnose", "mine:pair", "--device", "cpu"]) == 0
-    assert "Which" not in (out := capsys.readouterr().out) and "Ops, longest first" in out
+    out = capsys.readouterr().out
+    name = re.search(r"plan MODEL --on (\S+)`", out).group(1)
+    assert "Ops, longest first" in out and hardware.find(name).measured
 
 
 def test_decode_shows_its_cache_and_reads_it():
@@ -77,7 +83,9 @@ def test_a_run_of_our_own_is_opened(tmp_path):
         (["mine:missing"], "mine has no function 'missing'"),
         (["mine:wrong"], "returned int, expected a torch.nn.Module"),
         (["mine:bare"], "without nn.Embedding; return (model, batch)"),
-        (["nowhere:make"], "cannot be imported"),
+        (["mine:boom"], "mine:boom raised KeyError"),
+        (["nowhere:make"], "cannot be imported: ModuleNotFoundError"),
+        (["broken.py:make"], "cannot be imported: SyntaxError"),
         (["mine:make", "--mode", "decode"], "not a preset or a checkpoint"),
         (["mine:pair", "--html", "no/such/folder/a.html"], "its folder does not exist"),
     ],
