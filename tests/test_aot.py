@@ -21,23 +21,63 @@ def compile_kernels(*arguments: str) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def output(script: str) -> str:
+    command = [sys.executable, "-c", "from benchmarks import aot_compile, aot_table\n" + script]
+    result = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    return result.stdout + result.stderr
+
+
 def test_each_kernel_once():
     same = {"rms_norm", "linear", "rope_inplace", "log_softmax"}  # as layer_norm, ffn, rope and softmax
     compile_kernels(*(name for name in OPS if name not in same), "--once", "--dtype", "bfloat16", "float32")
 
 
 @pytest.mark.slow
+def test_each_kernel_once_for_every_gpu():
+    compile_kernels("--once", "--all")
+
+
+@pytest.mark.slow
 def test_every_case():
-    compile_kernels()
+    compile_kernels("--dtype", "bfloat16", "float32")
 
 
-def test_planted_faults_are_found():
+def test_planted_spills_are_found():
     """A tile that does not fit the registers is reported."""
-    script = (
-        "from benchmarks import aot; from llmkern.kernels import config\n"
+    found = output(
+        "from llmkern.kernels import config\n"
         "config.ATTENTION_FWD[2, 64] = config.Tile(256, 128, 4, 8)\n"
-        "rows = aot.compile_op('sm_80', 'bfloat16', 'attention', once=True)\n"
+        "rows = aot_compile.compile_op('sm_80', 'bfloat16', 'attention', once=True)\n"
         "print(*next(row.problems for row in rows if row.kernel == '_forward_kernel'))"
     )
-    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ENV, capture_output=True, text=True)
-    assert "spills" in result.stdout, result.stdout + result.stderr
+    assert "spills" in found, found
+
+
+def test_planted_growth_is_named():
+    """A kernel that takes more than its row of the table says, and accesses that became narrow."""
+    found = output(
+        "rows = aot_compile.compile_op('sm_90', 'bfloat16', 'dropout', once=True)\n"
+        "table = {aot_table.key(row): aot_table.facts(row) for row in rows}\n"
+        "assert not [*aot_table.regressions(rows[0], table)]\n"
+        "table[aot_table.key(rows[0])] |= {'registers': '8', 'instructions': '9', 'wide': '1.5'}\n"
+        "print(*aot_table.regressions(rows[0], table))"
+    )
+    assert "the table has 8" in found and "the table has 9" in found and "has 1.5" in found, found
+
+
+def test_planted_atomics_and_narrow_accesses_are_found():
+    """The reader of assembly knows what it looks for."""
+    found = output(
+        "from benchmarks import aot_code as code\n"
+        "text = '''\n        /*0010*/      @!P0 LDG.E.128.CONSTANT R4, [R2] ;\n"
+        "        /*0020*/                   STG.E.U16 [R2], R4 ;\n"
+        "        /*0030*/                   REDG.E.ADD.F32 [R2], R4 ;'''\n"
+        "ops = code.opcodes(text)\n"
+        "print(ops, [code._sass_bytes(op) for op in ops], [bool(code.ATOMIC.match(op)) for op in ops],\n"
+        "      code._amd_bytes('buffer_load_dwordx4'), code._amd_bytes('global_store_short_d16_hi'),\n"
+        "      bool(code.ATOMIC.match('global_atomic_add_f32')))"
+    )
+    expected = (
+        "['LDG.E.128.CONSTANT', 'STG.E.U16', 'REDG.E.ADD.F32'] [16, 2, 0] [False, False, True] 16 2 True"
+    )
+    assert expected in found, found
