@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import config
 from .attention_backward import attention_bwd
+from .attention_gluon import attention_fwd_gluon, why_not_gluon
 from .attention_scores import (
     Rules,
     base,
@@ -25,7 +26,7 @@ from .attention_scores import (
 )  # fmt: skip
 from .launch import launch
 
-__all__ = ["attention_bwd", "attention_fwd"]
+__all__ = ["attention_bwd", "attention_fwd", "attention_fwd_variant"]
 
 
 def attention_fwd(
@@ -43,6 +44,9 @@ def attention_fwd(
     if not lse.numel():
         return
     rules = Rules(mask, alibi_slopes, sinks, spans, seed, diagonal, left, right, scale, softcap, dropout_p)
+    if why_not_gluon(q, k, v, rules) is None:
+        attention_fwd_gluon(q, k, v, rules, out, lse)
+        return
     p = plan(config.ATTENTION_FWD, q, k, v, rules)
     launch(
         _forward_kernel, q, (triton.cdiv(s_q, p.block_m) * batch * heads,),
@@ -52,6 +56,12 @@ def attention_fwd(
         dim, p.block_d, v.shape[3], p.block_v, p.block_m, p.block_n, rules.kind,
         **p.run,
     )  # fmt: skip
+
+
+def attention_fwd_variant(q: Tensor, k: Tensor, v: Tensor, *rules) -> str:
+    """Which kernel attention_fwd would run, and why not the one for this GPU alone."""
+    reason = why_not_gluon(q, k, v, Rules(*rules))
+    return "for sm_90, in Gluon" if reason is None else f"for all GPUs; not the one for sm_90: {reason}"
 
 
 @triton.jit

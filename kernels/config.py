@@ -55,7 +55,11 @@ ATTENTION_DQ = {
 }
 ATTENTION_DELTA = 2048  # elements of dout that one program multiplies by out
 
-# matrix products; by (bytes of an element, how much the epilogue holds beside the product, see gemm.blocks)
+# attention for sm_90 in Gluon: 16 bits, by padded head dim; rows are of two warpgroups
+HOPPER_FWD = {64: Tile(128, 128, 4, 3), 128: Tile(128, 128, 4, 2)}
+HOPPER_L2 = 32 * 2**20  # bytes of keys and values that programs which run together share
+PROVEN: frozenset[str] = frozenset()  # those Gluon kernels that were tested and timed on a device
+
 # decode attention: rows are queries, at least 16, columns are positions of the cache
 DECODE = {
     (2, 16): Tile(64, 64, 4, 3),
@@ -74,6 +78,7 @@ DECODE_PROGRAMS = 512  # that shall run together: some for each multiprocessor o
 DECODE_SPLITS = 64  # at most, of one cache
 DECODE_STEPS = 4  # tiles that a program shall have at least when the cache is full
 
+# matrix products; by (bytes of an element, how much the epilogue holds beside the product, see gemm.blocks)
 GEMM = {
     (2, 0): Tile(128, 128, 8, 3),
     (2, 1): Tile(128, 64, 8, 3),

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from .. import _cpu
-from .dispatch import choose
+from .dispatch import choose, find
 from .op import OPS, Op
 
 
@@ -22,14 +22,16 @@ class Choice:
     Attributes:
         backend: "cpp", "triton" or "reference".
         reason: why it is the reference; None for a fast kernel, or when `use("reference")` asked for it.
+        variant: which of several kernels of the backend, and why not another.
     """
 
     backend: str
     reason: str | None
+    variant: str | None = None
 
     def __str__(self) -> str:
         if self.backend == "triton":
-            return "on the Triton kernel"
+            return "on the Triton kernel" + (f" {self.variant}" if self.variant else "")
         if self.backend != "reference":
             return f"on the C++ kernel ({self.backend.partition(':')[2] or _cpu.best()})"
         return "on the PyTorch reference" + (f", because {self.reason}" if self.reason else "")
@@ -111,4 +113,5 @@ class Listen(TorchDispatchMode):
         if half not in self.args:
             return None
         backend, _, reason = choose(self.op, half, self.args[half])
-        return Choice(backend, reason)
+        variant = find(self.op, f"{half}_variant", backend)
+        return Choice(backend, reason, None if isinstance(variant, str) else variant(*self.args[half]))
