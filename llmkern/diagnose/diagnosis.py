@@ -217,6 +217,11 @@ def _doubts(found: Diagnosis, traced: float) -> list[str]:
             f"llmkern keeps {size(kept)} that its last outputs had for the next ones, which are not counted "
             "here; llmkern.empty_cache() gives them back"
         )
+    if found.walls["communication"]:
+        doubts.append(
+            "collectives were waited for one by one in the traced step: what computation hides of them "
+            "otherwise is in their time too"
+        )
     if traced > 1.3 * found.seconds + 0.05:
         doubts.append(
             f"the traced step took {traced:.3g} s, the others {found.seconds:.3g} s: single ops look too long"

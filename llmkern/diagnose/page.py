@@ -124,7 +124,7 @@ def _op(row: Row, found: Diagnosis) -> str:
         ("time", duration(row.seconds)),
         ("share", tag("span", bar, class_="track") + percent(share)),
         ("wall", tag("span", row.wall, class_=f"chip {row.wall}")),
-        ("of ceiling", percent(row.ceiling)),
+        ("of ceiling", words.ceiling(row)),
         ("FLOP a byte", words.intensity(row)),
         ("FLOPs", words.work(row)),
         ("bytes", size(row.bytes)),

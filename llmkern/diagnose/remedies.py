@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from ..optim import AdamW
@@ -98,7 +99,8 @@ def _changes(
                 lambda then: "activations inside blocks are computed again in backward: "
                 f"{then.flops / now.flops:.2f} times the operations",
             )  # fmt: skip
-        yield _fsdp(now)
+        if not any(isinstance(p, DTensor) for p in workload.model.parameters()):
+            yield _fsdp(now)
     else:
         for bits, config in ((8, Int8WeightOnly()), (4, Int4WeightOnly())):
             yield (

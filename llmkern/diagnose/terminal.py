@@ -72,7 +72,7 @@ def _ops(found: Diagnosis) -> Table:
         table.add_row(
             _end(row.module or "(outside)", 22), _end(words.op(row), 16), row.phase, row.wall, str(row.calls),
             duration(row.seconds), f"{100 * found.share(row.seconds):.1f}", words.work(row), size(row.bytes),
-            words.intensity(row), percent(row.ceiling),
+            words.intensity(row), words.ceiling(row),
         )  # fmt: skip
     rest = found.rows[ROWS:]
     if rest:

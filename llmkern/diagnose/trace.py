@@ -32,7 +32,7 @@ class Call:
         flops, bytes, model_flops: see `costs.Work`.
         fresh: bytes of its outputs that the C library takes from the system anew at every call.
         seconds: measured; 0 in a trace of fake tensors.
-        collective: whether it moves data between devices.
+        collective: whether it moves data between devices; it is then waited for, so nothing hides it.
     """
 
     op: str
@@ -98,8 +98,11 @@ class Tracer(TorchDispatchMode):
         self.ledger.add((args, kwargs), "inputs")  # a stranger is from before
         begin = self._now()
         out = func(*args, **kwargs)
+        collective = costs.is_collective(func)
+        if collective:
+            _wait(out)
         end = self._now()
-        if self.ledger.has_all(out) and not costs.written_arguments(func):
+        if self.ledger.has_all(out) and not costs.written_arguments(func) and not collective:
             return out
         part = "activations" if self.phase in ("forward", "recompute") else "temporary"
         made = self.ledger.add(out, part)
@@ -122,10 +125,9 @@ class Tracer(TorchDispatchMode):
         kept = self.device != "cpu" or name.startswith("llmkern.")  # both have allocators that keep memory
         dtype = _dtype((args, kwargs, out))
         fresh = 0.0 if kept else float(large)
-        collective = costs.is_collective(func)
-        self.calls.append(
-            Call(name, path, phase, dtype, flops, moved, model_flops, fresh, collective=collective)
-        )
+        call = Call(name, path, phase, dtype, flops, moved, model_flops, fresh)
+        call.collective = costs.is_collective(func)
+        self.calls.append(call)
 
     def _path_of_backward(self) -> str:
         """The module in whose forward the autograd node that runs was made."""
@@ -164,6 +166,13 @@ class Tracer(TorchDispatchMode):
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _wait(out: Any) -> None:
+    """Until a collective is done, which otherwise goes on behind what is called next."""
+    works = [value for value in tree_leaves(out) if isinstance(value, torch.ScriptObject)]
+    for work in works:
+        torch.distributed.Work.unbox(work).wait()
 
 
 def _dtype(values: Any) -> torch.dtype:

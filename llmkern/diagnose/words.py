@@ -96,6 +96,11 @@ def intensity(row) -> str:
     return f"{row.intensity:.3g}" if row.flops else "0"
 
 
+def ceiling(row) -> str:
+    """The part of its ceiling that a row reached; links have none that was measured."""
+    return "-" if row.wall == "communication" else percent(row.ceiling)
+
+
 def work(row) -> str:
     """FLOPs of a row."""
     return scaled(row.flops, "") if row.flops else "0"

@@ -102,6 +102,19 @@ def test_waiting_for_data_is_a_wall(profile):
     assert found.wall == "data" and found.walls["data"] > 0.5 * found.seconds
 
 
+def test_communication_is_a_wall(profile, tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Linear(8, 8))
+        found = llmkern.diagnose(model, torch.randn(4, 8), profile=profile)
+    finally:
+        torch.distributed.destroy_process_group()
+    (row,) = (row for row in found.rows if row.wall == "communication")
+    assert row.op == "c10d.allreduce_" and row.bytes >= 4 * (64 + 8)
+    assert found.walls["communication"] > 0
+
+
 def test_a_model_that_looks_at_values_is_measured_all_the_same(profile):
     class Looks(nn.Linear):
         def forward(self, x):
