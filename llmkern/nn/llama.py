@@ -61,13 +61,19 @@ class LlamaAttention(nn.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        window = None if self.window is None else (self.window - 1, 0)
         if cache is None:
             q, k = rotary(q, k)
-            y = ops.attention(q, k, v, is_causal=True, window=window)  # (B, H, T, D)
+            y = self.attend(q, k, v)  # (B, H, T, D)
         else:
-            y = cache.attend(q, k, v, cos=rotary.cos, sin=rotary.sin, window=window)
+            y = cache.attend(q, k, v, cos=rotary.cos, sin=rotary.sin, window=self._span())
         return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention of q, (B, H, T, D), on k and v, (B, H_kv, T, D); returns (B, H, T, D)."""
+        return ops.attention(q, k, v, is_causal=True, window=self._span())
+
+    def _span(self) -> tuple[int, int] | None:
+        return None if self.window is None else (self.window - 1, 0)
 
 
 class LlamaMLP(nn.Module):

@@ -12,9 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from . import norm, savers
+from . import norm, savers, tensor
 from .mesh import Sizes
 from .spine import layers_of
+from .stage import Stage
 
 IGNORED = -100  # a target that does not count
 
@@ -34,6 +35,7 @@ class Parallel:
         model: what was given.
         sizes: of the mesh.
         data_rank, data_world: which part of the rows of each batch is this process's.
+        packed: name -> heads of parameters in the order of `tensor.by_heads`.
     """
 
     def __init__(
@@ -44,6 +46,10 @@ class Parallel:
         coordinate = dict(zip(mesh.mesh_dim_names, mesh.get_coordinate()))
         self.data_rank, self.data_world = coordinate["dp"] * s.fsdp + coordinate["fsdp"], s.data
         self.averaged = mesh["dp", "fsdp", "cp"]._flatten("data").get_group()  # its members see other tokens
+        self.packed = tensor.packed(model) if s.tp > 1 else {}
+        model.loss.reduction = "sum"  # processes may see other numbers of tokens
+        if s.tp * s.cp * s.pp > 1:
+            Stage(model, mesh, range(len(layers_of(model))))
         if s.fsdp == s.tp == s.pp == 1:
             self.module: nn.Module = DistributedDataParallel(model, process_group=self.averaged)
             savers.register(self.module, saver, self.averaged)
@@ -57,17 +63,19 @@ class Parallel:
         # a kernel's output may be a view of its memory; nothing here writes into one
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         low = None if dtype == torch.float32 else dtype
-        options: dict[str, Any] = {
-            "mesh": self.mesh["dp", "fsdp"] if self.sizes.dp > 1 else self.mesh["fsdp"]
-        }
+        shard = self.mesh["fsdp", "cp"]._flatten("shard")  # processes of cp see other tokens, too
+        options: dict[str, Any] = {"mesh": self.mesh["dp", "shard"] if self.sizes.dp > 1 else shard}
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
         for layer in layers_of(self.model):
             fully_shard(layer, **options)
         fully_shard(self.model, **options)
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor]:
-        """(logits or None, mean loss) of this process's rows."""
-        return self.module(inputs, targets)
+        """(None, mean loss of the rows of all processes); its gradient is not that of all."""
+        loss = self.module(inputs, targets)[1].detach()
+        both = torch.stack((loss.double(), (targets != IGNORED).sum() / self.sizes.cp))
+        dist.all_reduce(both, group=self.averaged)
+        return None, both[0] / both[1]
 
     @property
     def training(self) -> bool:
@@ -86,7 +94,7 @@ class Parallel:
 
         Args:
             batches: of this process, one for each accumulation.
-            loss_of: (self, inputs, targets) to the mean loss of this process.
+            loss_of: (module, inputs, targets) to the sum of the losses of this process.
             scale: of a gradient scaler.
 
         Returns:
@@ -96,9 +104,11 @@ class Parallel:
         total = torch.zeros(())
         for n, (inputs, targets) in enumerate(batches):
             with self._reduced_at(n == len(batches) - 1):
-                loss = loss_of(self, inputs, targets) * shares[n]
+                loss = loss_of(self.module, inputs, targets) * shares[n]
                 scale(loss).backward()
             total += loss.detach().float().cpu()
+        if self.sizes.tp > 1:
+            tensor.sum_replicated(self.model, self.mesh["tp"])
         return self.mean(total.item())
 
     def _reduced_at(self, last: bool) -> Any:
@@ -110,16 +120,15 @@ class Parallel:
         return nullcontext()
 
     def shares(self, targets: Sequence[Tensor]) -> list[float]:
-        """Factors of the mean losses of this process's batches, so that their average is that of all tokens.
+        """Factors of the summed losses of this process's batches, so that the mean over processes is of all.
 
-        Rows and ignored targets may be other in number on each process; where they are not, it is 1 over the
-        number of batches.
+        Rows and ignored targets may be other in number on each process.
         """
         kept = torch.tensor([float((t != IGNORED).sum()) for t in targets], dtype=torch.float64)
-        total = kept.to(self.mesh.device_type, copy=True)
-        dist.all_reduce(total, group=self.averaged)
+        kept = kept.to(self.mesh.device_type) / self.sizes.cp  # all of cp count the same rows
+        dist.all_reduce(kept, group=self.averaged)
         world = dist.get_world_size(self.averaged)
-        return [mine * world / (all_ * len(targets)) for mine, all_ in zip(kept.tolist(), total.tolist())]
+        return [world / (count * len(targets)) for count in kept.tolist()]
 
     def mean(self, value: float) -> float:
         """The mean of a number over processes that see other tokens."""

@@ -94,6 +94,8 @@ class Sizes:
         for name, ways, what, size in rules:
             if size % ways:
                 raise UserError(f"parallel {self}: {name} is {ways}, which does not divide {what} {size:,}")
+        if self.cp > 1 and shape["window"]:
+            raise UserError(f"parallel {self}: cp takes no model with a sliding window, expected cp=1")
         if self.pp > shape["layers"]:
             raise UserError(
                 f"parallel {self}: pp is {self.pp}, expected at most the {shape['layers']} layers"
@@ -129,9 +131,19 @@ def start(sizes: Sizes, device: str, timeout: float = 600.0) -> DeviceMesh:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():
-        backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        _join("nccl" if device == "cuda" else "gloo", timedelta(seconds=timeout))
     return init_device_mesh(device, [getattr(sizes, axis) for axis in ORDER], mesh_dim_names=ORDER)
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Join the group.
+
+    torchrun keeps one store for all its restarts, and torch (2.13) uses the same names in it each time: a
+    process then may find the addresses of those that died before.  So each start has names of its own.
+    """
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"llmkern/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{world}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
 def shape_of(config: Any) -> dict[str, int]:
@@ -143,4 +155,5 @@ def shape_of(config: Any) -> dict[str, int]:
         heads, key_heads = config.num_attention_heads, config.num_key_value_heads
         layers, inner = config.num_hidden_layers, config.intermediate_size
     sizes = {"heads": heads, "key heads": key_heads, "inner width": inner, "layers": layers}
-    return {**sizes, "vocab_size": config.vocab_size}
+    window = getattr(config, "sliding_window", None) or 0
+    return {**sizes, "vocab_size": config.vocab_size, "window": window}

@@ -18,7 +18,7 @@ def shards(t: Tensor) -> int:
     """Processes that hold different parts of a tensor."""
     if not isinstance(t, DTensor):
         return 1
-    return prod(t.device_mesh.size(i) for i, p in enumerate(t.placements) if p.is_shard())
+    return prod(t.device_mesh.size(i) for i, p in enumerate(t.placements) if not p.is_replicate())
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -17,8 +16,9 @@ class Spine(NamedTuple):
         parts: the ModuleDict that holds them.
         tokens, positions: names in it of the embeddings; positions may be absent.
         layers, norm: names in it of the list of layers and the norm behind it.
-        embed: (B, T) token ids to (B, T, C).
-        step: (layer, x) to x.
+        attention: name in a layer of its attention; the feed-forward is "mlp".
+        embed: (token embeddings, positions) to x, both (B, T, C) but positions (T,).
+        step: (layer, x, positions) to x.
     """
 
     parts: nn.ModuleDict
@@ -26,8 +26,9 @@ class Spine(NamedTuple):
     positions: str | None
     layers: str
     norm: str
-    embed: Callable[[Tensor], Tensor]
-    step: Callable[[nn.Module, Tensor], Tensor]
+    attention: str
+    embed: Callable[[Tensor, Tensor], Tensor]
+    step: Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def spine_of(model: nn.Module) -> Spine:
@@ -38,16 +39,16 @@ def spine_of(model: nn.Module) -> Spine:
     """
     if isinstance(model, GPT):
         t = model.transformer
-
-        def embed(idx: Tensor) -> Tensor:
-            return t.drop(t.wte(idx) + t.wpe(torch.arange(idx.shape[1], device=idx.device)))
-
-        return Spine(t, "wte", "wpe", "h", "ln_f", embed, lambda layer, x: layer(x))
-    if isinstance(model, Llama):
-        m = model.model
         return Spine(
-            m, "embed_tokens", None, "layers", "norm", lambda idx: m.embed_tokens(idx),
-            lambda layer, x: layer(x, model.rotary),
+            t, "wte", "wpe", "h", "ln_f", "attn",
+            embed=lambda x, positions: t.drop(x + t.wpe(positions)),
+            step=lambda layer, x, positions: layer(x),
+        )  # fmt: skip
+    if isinstance(model, Llama):
+        return Spine(
+            model.model, "embed_tokens", None, "layers", "norm", "self_attn",
+            embed=lambda x, positions: x,
+            step=lambda layer, x, positions: layer(x, lambda q, k: model.rotary(q, k, positions)),
         )  # fmt: skip
     raise UserError(
         f"parallel: a {type(model).__name__} takes dp and fsdp alone; tp, pp and cp take GPT and Llama"

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .tensor import by_heads, by_kinds
+
 
 def whole(t: Tensor) -> Tensor:
     """All of a tensor, on the CPU."""
@@ -39,21 +41,23 @@ def optimizer_tensors(
     ]
 
 
-def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def gather(tensors: dict[str, Tensor], packed: dict[str, int]) -> dict[str, Tensor]:
     """The whole tensors on the first process; others give their parts and get nothing."""
     first, result = dist.get_rank() == 0, {}
     for name, t in tensors.items():
         value = whole(t)
         if first:
-            result[name] = value
+            result[name] = by_kinds(value, heads) if (heads := packed.get(name.split("/")[0])) else value
     return result
 
 
-def fill(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def fill(model: nn.Module, tensors: dict[str, Tensor], packed: dict[str, int]) -> dict[str, Tensor]:
     """Parts of the whole "parameter/field" tensors of an optimizer; fields of one element stay whole."""
     parameters = dict(model.named_parameters())
     result = {}
     for key, t in tensors.items():
-        p = parameters[key.rsplit("/", 1)[0]]
+        name = key.rsplit("/", 1)[0]
+        p = parameters[name]
+        t = by_heads(t, packed[name]) if name in packed and t.shape == p.shape else t
         result[key] = part_like(t, p) if t.shape == p.shape else t
     return result

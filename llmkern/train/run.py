@@ -273,7 +273,6 @@ class Run:
         batches, steps = self.batches("val"), self.config.eval_batches
         parallel = self.trainer.parallel
         loss = evaluate(parallel or self.model, batches, steps, self.config.torch_dtype)
-        loss = parallel.mean(loss) if parallel else loss
         self.validations.append((self.trainer.step, loss))
         for log in self.logs:
             log.validation(self.trainer.step, loss)

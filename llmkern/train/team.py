@@ -39,8 +39,8 @@ class Team:
             if config.dtype == "float16":
                 raise UserError("parallel takes no dtype float16, expected bfloat16 or float32")
             s = self.sizes
-            if s.tp * s.pp * s.cp > 1:
-                raise UserError(f"parallel {s}: tp, pp and cp are not implemented, expected dp or fsdp")
+            if s.pp > 1:
+                raise UserError(f"parallel {s}: pp is not implemented, expected dp, fsdp, tp or cp")
             if config.saver != "none" and s.world != s.dp:
                 raise UserError(f"saver is {config.saver} and parallel {s}: expected dp alone, or saver none")
             if config.nonfinite == "skip" and config.saver == "powersgd":
@@ -71,7 +71,8 @@ class Team:
                 f"out {config.out!r}: processes find checkpoints of steps {sorted(set(steps))}; it must be a "
                 "folder that all nodes share"
             )
-        parallel = Parallel(model, mesh, config.torch_dtype, config.saver)
+        with self._one_voice():
+            self.parallel = parallel = Parallel(model, mesh, config.torch_dtype, config.saver)
         self.part = parallel.data_rank, parallel.data_world
         torch.manual_seed(config.seed + self.rank)  # each drops other elements
         return parallel
@@ -84,7 +85,8 @@ class Team:
 
         weights = dict(model.named_parameters())
         tensors, groups = whole.optimizer_tensors(optimizer, model)
-        files = {MODEL: whole.gather(weights), OPTIMIZER: whole.gather(tensors)}
+        packed = self.parallel.packed
+        files = {MODEL: whole.gather(weights, packed), OPTIMIZER: whole.gather(tensors, packed)}
         return files, {"model": self.description, "optimizer": groups}
 
     def divide_optimizer(
@@ -93,7 +95,7 @@ class Team:
         """This process's part of what `gather` gave."""
         from ..parallel import whole
 
-        return whole.fill(model, tensors), groups
+        return whole.fill(model, tensors, self.parallel.packed), groups
 
     def agree(self, number: int) -> int:
         """The largest number that any process gives."""

@@ -1,4 +1,4 @@
-"""Every way to divide training gives the losses, norms and weights of one process."""
+"""Every way to divide training gives the losses, norms and gradients of one process."""
 
 import exact
 import pytest
@@ -6,25 +6,80 @@ import torch
 from exact import gpt, llama
 
 from llmkern.parallel import Sizes
+from llmkern.swap import swap_
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
-CASES = {
+
+def plain():
+    return gpt(kernels=False)
+
+
+def swapped():
+    model = plain()
+    swap_(model)
+    return model
+
+
+def tied():
+    return llama(tie_word_embeddings=True, qk_norm=True)
+
+
+SHORT = {"steps": 6}
+ACCUMULATED = {**SHORT, "accumulate": 2}
+SAVING = {**ACCUMULATED, "activation_checkpointing": True}
+
+TWO = {
     "DDP": (Sizes(dp=2), gpt, {}),
-    "DDP, plain, accumulated": (Sizes(dp=2), lambda: gpt(kernels=False), {"accumulate": 2, "steps": 8}),
+    "DDP, plain, accumulated": (Sizes(dp=2), plain, ACCUMULATED),
     "FSDP": (Sizes(fsdp=2), gpt, {}),
-    "FSDP, plain": (Sizes(fsdp=2), lambda: gpt(kernels=False), {"steps": 8}),
-    "FSDP, Llama, accumulated, checkpointed": (
-        Sizes(fsdp=2), llama, {"accumulate": 2, "activation_checkpointing": True, "steps": 8}
-    ),
-}  # fmt: skip
+    "FSDP, Llama, accumulated, recomputed": (Sizes(fsdp=2), llama, SAVING),
+    "TP": (Sizes(tp=2), gpt, {}),
+    "TP, Llama, accumulated, recomputed": (Sizes(tp=2), llama, SAVING),
+    "CP": (Sizes(cp=2), gpt, {}),
+    "CP, Llama, accumulated": (Sizes(cp=2), llama, ACCUMULATED),
+}
+FOUR = {
+    "DDP": (Sizes(dp=4), gpt, {}),
+    "FSDP": (Sizes(fsdp=4), tied, {}),
+    "FSDP, replicated": (Sizes(dp=2, fsdp=2), gpt, {}),
+    "TP": (Sizes(tp=4), gpt, {}),
+    "CP": (Sizes(cp=4), llama, {}),
+    "FSDP and TP": (Sizes(fsdp=2, tp=2), gpt, {}),
+    "FSDP and TP, Llama, accumulated, recomputed": (Sizes(fsdp=2, tp=2), tied, SAVING),
+    "replicas of TP": (Sizes(dp=2, tp=2), gpt, {}),
+    "FSDP and CP": (Sizes(fsdp=2, cp=2), gpt, {}),
+    "TP and CP": (Sizes(tp=2, cp=2), llama, {}),
+}
+WAYS = {"DDP": Sizes(dp=2), "FSDP": Sizes(fsdp=2), "TP": Sizes(tp=2), "CP": Sizes(cp=2)}
+ALL = {
+    f"{name}, {make.__name__}": (sizes, make, {})
+    for make in (plain, swapped, tied)
+    for name, sizes in WAYS.items()
+}
 
 
-def two() -> None:
-    for name, case in CASES.items():
+def check(cases: dict) -> None:
+    for name, case in cases.items():
         exact.check(name, *case)
-    exact.check("FSDP in bfloat16", Sizes(fsdp=2), gpt, {"dtype": "bfloat16", "steps": 5}, rtol=0.05)
+
+
+def low() -> None:
+    """bfloat16 rounds other sums than one process does."""
+    for name, sizes in WAYS.items():
+        exact.check(f"{name} in bfloat16", sizes, gpt, {"dtype": "bfloat16", "steps": 5}, rtol=0.05)
 
 
 def test_two_processes():
-    exact.processes(2, two)
+    exact.processes(2, check, TWO)
+
+
+@pytest.mark.slow
+def test_two_processes_more():
+    exact.processes(2, check, ALL)
+    exact.processes(2, low)
+
+
+@pytest.mark.slow
+def test_four_processes():
+    exact.processes(4, check, FOUR)

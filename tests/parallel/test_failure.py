@@ -11,7 +11,7 @@ from llmkern.parallel.mesh import Sizes, launched
 from llmkern.train import checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-SHAPE = {"heads": 4, "key heads": 2, "inner width": 64, "layers": 2, "vocab_size": 33}
+SHAPE = {"heads": 4, "key heads": 2, "inner width": 64, "layers": 2, "vocab_size": 33, "window": 0}
 # what dies, at which call: before step 4; where the second checkpoint is gathered; while it is written
 MOMENTS = {"step": (1, 4), "gather": (1, 3), "write": (0, 6)}
 
@@ -52,15 +52,15 @@ def test_killed_at_other_moments(moment, data, tmp_path, unbroken):
 
 @pytest.mark.slow
 def test_other_numbers_of_processes_go_on(data, tmp_path):
-    """Two, then one, then two others: the same as one alone, but for rounding."""
+    """Two, then one, then other meshes: the same as one alone, but for rounding."""
     keys = ("--dropout", "0", "--schedule", "constant")
-    runs = [(2, "fsdp=2", 2), (1, "", 4), (2, "dp=2", 6)]
+    runs = [(2, "fsdp=2", 2), (1, "", 4), (2, "tp=2", 6), (2, "cp=2", 8)]
     for processes, mesh, steps in runs:
         arguments = launch.train(data, tmp_path / "run", *keys, "--parallel", mesh, "--steps", str(steps))
         program = ["-m", "llmkern", *arguments]
         code, said = torchrun(processes, program) if mesh else launch.single(arguments)
         assert code == 0, said
-    code, said = launch.single(launch.train(data, tmp_path / "whole", *keys, "--steps", "6"))
+    code, said = launch.single(launch.train(data, tmp_path / "whole", *keys, "--steps", "8"))
     assert code == 0, said
     got, expected = (checkpoint.load(tmp_path / name).model_tensors() for name in ("run", "whole"))
     for name, value in expected.items():
