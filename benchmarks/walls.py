@@ -1,7 +1,12 @@
-"""python -m benchmarks.walls: the figures of docs/four-walls.md, one a wall, all from `llmkern.plan`."""
+"""python -m benchmarks.walls: the figures of docs/four-walls.md.
+
+One a wall, all from `llmkern.plan`; with --measured, where the time went of steps that `llmkern diagnose`
+ran with --json.
+"""
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: no window system is touched
 
 import llmkern
+from llmkern.diagnose import words
 from llmkern.plan import RECIPES, Strategy, config, energy, hardware, memory, simulate, work
 from llmkern.plan.hardware import GIB
 from llmkern.plan.inference import decode_work
@@ -21,8 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Draw all figures into a folder."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.walls", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/figures"), help="folder of the figures")
+    parser.add_argument("--measured", type=Path, nargs="+", metavar="FILE", help="draw these alone")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.measured:
+        print("saved", measured(args.out, args.measured))
+        return 0
     for draw in (compute, memory_parts, communication, energy_of_a_run):
         print("saved", draw(args.out))
     return 0
@@ -131,6 +141,29 @@ def energy_of_a_run(folder: Path) -> Path:
         _plain(axes)
     figure.suptitle("GPT-3 175B, 300 B tokens, 1,024 devices", fontsize=10)
     return _save(figure, folder / "wall-energy.png")
+
+
+def measured(folder: Path, files: Sequence[Path]) -> Path:
+    """Walls of steps that were run, and of the same swapped where they were."""
+    steps = {}
+    for found in (json.loads(file.read_text()) for file in files):
+        about = f"{found['name']}, {found['mode']}, {found['tokens']:,} token{'s' * (found['tokens'] > 1)}"
+        steps[about] = found
+        if found["after"]:
+            steps[f"{about}, swapped"] = found["after"]
+    figure = Figure(figsize=(8, 1.2 + 0.38 * len(steps)), layout="constrained")
+    axes = figure.subplots()
+    _plain(axes)
+    left = dict.fromkeys(steps, 0.0)
+    for wall, color in zip(("compute", "memory", "launch", "data"), COLORS):
+        shares = [100 * found["walls"][wall] / sum(found["walls"].values()) for found in steps.values()]
+        axes.barh(list(steps), shares, left=list(left.values()), color=color, label=wall)
+        left = {name: left[name] + share for name, share in zip(steps, shares)}
+    axes.invert_yaxis()
+    axes.set(xlabel="% of a step", xlim=(0, 100))
+    axes.set_title(words.machine(next(iter(steps.values()))["machine"]), loc="left", fontsize=10)
+    figure.legend(frameon=False, fontsize=8, ncols=4, loc="outside lower center")
+    return _save(figure, folder / "wall-measured.png")
 
 
 def _axes() -> tuple[Figure, Axes]:

@@ -44,7 +44,7 @@ def page(found: Diagnosis) -> str:
 def _top(found: Diagnosis) -> str:
     what = (
         f"{found.parameters:,} parameters · {found.mode} step of {found.tokens:,} tokens · {found.dtype} · "
-        f"{words.machine(found)}"
+        f"{words.machine(found.profile.about)}"
     )
     return tag(
         "header",

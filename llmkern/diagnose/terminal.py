@@ -21,7 +21,14 @@ def render(found: Diagnosis) -> Group:
         f"{found.name}, {found.parameters:,} parameters, {found.mode} step of {found.tokens:,} tokens "
         f"in {found.dtype}"
     )
-    parts = [title, words.machine(found), f"ceilings: {words.ceilings(found)}", "", words.headline(found), ""]
+    parts = [
+        title,
+        words.machine(found.profile.about),
+        f"ceilings: {words.ceilings(found)}",
+        "",
+        words.headline(found),
+        "",
+    ]
     parts += [_facts(found), "", _walls(found), _ops(found), _memory(found)]
     parts += [_remedies(found), _outcomes(found)] if found.remedies else [_outcomes(found)]
     if found.after is not None:

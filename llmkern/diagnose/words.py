@@ -46,9 +46,8 @@ def facts(found: Diagnosis) -> dict[str, str]:
     }
 
 
-def machine(found: Diagnosis) -> str:
-    """Where and when."""
-    about = found.profile.about
+def machine(about: dict) -> str:
+    """Where and when, from `machine.describe`."""
     return (
         f"{about['device']}, {about['threads']} threads, torch {about['torch']}, llmkern {about['llmkern']}, "
         f"{about['date']}"
