@@ -17,6 +17,7 @@ from .costs import is_product
 from .trace import Call
 
 NEAR = 0.35  # width, in the logarithm of the least time, of the sizes that speak for another
+FAR = 1e-6  # weight of sizes beyond, which speak where there are no others
 Points = dict[str, list[tuple[float, float]]]  # op -> (least seconds, part of the ceiling reached)
 
 
@@ -55,24 +56,28 @@ class Profile:
         """How long a call takes here, from its least time and the part of the ceiling that its op reaches.
 
         The part is the mean of the logarithms over what was measured of that op, weighed by how near in size
-        it was; of an op that was never measured, over all products, or over all others.
+        it was.  Where all of it is further than 20 times in size, or there is none, other products speak for
+        a product of that size, and what is no product for one that is none.
         """
         bound = self.bound(call).seconds
         if not bound:
             return 0.0
-        points = self._points_for(call)
-        if not points:
+        table = self.points.get(dtype_name(call.dtype)) or self.points.get("float32", {})
+        weighed = [(_near(bound, least) + _far(bound, least), part) for least, part in table.get(call.op, [])]
+        if sum(weight for weight, _ in weighed) < 10 * FAR:
+            weighed += self._others(table, is_product(call.op), bound)
+        total = sum(weight for weight, _ in weighed)
+        if not total:
             return bound + call.fresh * self.fresh
-        weights = [math.exp(-0.5 * (math.log(bound / least) / NEAR) ** 2) + 1e-9 for least, _ in points]
-        mean = sum(w * math.log(part) for w, (_, part) in zip(weights, points)) / sum(weights)
+        mean = sum(weight * math.log(part) for weight, part in weighed) / total
         return bound / math.exp(mean) + call.fresh * self.fresh
 
-    def _points_for(self, call: Call) -> list[tuple[float, float]]:
-        table = self.points.get(dtype_name(call.dtype)) or self.points.get("float32", {})
-        if call.op in table:
-            return table[call.op]
-        alike = is_product(call.op)
-        return [point for op, points in table.items() if is_product(op) == alike for point in points]
+    def _others(self, table: Points, product: bool, bound: float) -> list[tuple[float, float]]:
+        """(weight, part) of all alike ops; together they weigh what an op's own do at 20 times the size."""
+        alike = [point for op, points in table.items() if is_product(op) == product for point in points]
+        weights = [_near(bound, least) + _far(bound, least) for least, _ in alike]
+        total = sum(weights) or 1.0
+        return [(_far(20.0, 1.0) * weight / total, part) for weight, (_, part) in zip(weights, alike)]
 
     def _dtype(self, call: Call) -> torch.dtype:
         return call.dtype if dtype_name(call.dtype) in self.ceilings.flops else torch.float32
@@ -146,3 +151,12 @@ def points_of(calls: Iterable[Call], profile: Profile) -> Points:
         if least:
             found.setdefault(call.op, []).append((least, least / seconds))
     return found
+
+
+def _near(a: float, b: float) -> float:
+    """Weight of a measurement at size `b` for size `a`."""
+    return math.exp(-0.5 * (math.log(a / b) / NEAR) ** 2)
+
+
+def _far(a: float, b: float) -> float:
+    return FAR * min(a / b, b / a)

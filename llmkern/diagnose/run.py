@@ -1,13 +1,15 @@
 """Run one step under the tracer, on real or on fake tensors."""
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from .trace import Tracer
 from .workload import Workload
@@ -49,6 +51,17 @@ def _know(tracer: Tracer, workload: Workload) -> None:
 
 def trace_fake(workload: Workload, change: Callable[[nn.Module], Any] | None = None) -> Tracer:
     """The same without computing anything: shapes, FLOPs, bytes and memory, and no times."""
+    try:
+        return _trace_fake(workload, change)
+    except DataDependentOutputException:
+        if change is None:
+            raise
+    twin = replace(workload, model=copy.deepcopy(workload.model))
+    change(twin.model)  # looks at values, as `swap_` does where it tries what a module computes
+    return _trace_fake(twin)
+
+
+def _trace_fake(workload: Workload, change: Callable[[nn.Module], Any] | None = None) -> Tracer:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         twin = workload.faked(mode, change)
         warm_up(twin)

@@ -1,5 +1,7 @@
 """The machine's profile: which wall, how long, kept and read again."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -28,6 +30,17 @@ def test_seconds_follow_the_part_of_the_ceiling_measured_at_that_size(profile):
     assert profile.seconds(call(1e10, 0)) == pytest.approx(1e-1 / 0.8, rel=1e-6)
     assert 0.25 < 3e-3 / profile.seconds(call(3e8, 0)) < 0.8
     assert step_seconds([call(1e7, 0)] * 3, profile) == pytest.approx(3 * (4e-4 + profile.launch))
+
+
+def test_sizes_far_from_what_was_measured_follow_others(profile):
+    scalars = [(7e-11, 1e-6)] * 3
+    profile.points = {"float32": {"aten.div": scalars, "aten.add": [(1e-2, 0.5)], "aten.mm": [(1e-2, 0.9)]}}
+    large = dataclasses.replace(call(0, 1e8), op="aten.div")
+    assert profile.seconds(large) == pytest.approx(1e-2 / 0.5, rel=0.01)
+    assert profile.seconds(dataclasses.replace(large, op="aten.bmm")) == pytest.approx(1e-2 / 0.9, rel=0.01)
+    assert profile.seconds(dataclasses.replace(large, bytes=0.7)) == pytest.approx(7e-11 / 1e-6, rel=0.01)
+    profile.points = {"float32": {"aten.add": [(1e-2, 0.5)]}}
+    assert profile.seconds(large) == pytest.approx(1e-2 / 0.5, rel=0.01)
 
 
 def test_memory_from_the_system_costs_extra(profile):

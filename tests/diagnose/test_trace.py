@@ -70,3 +70,13 @@ def test_fake_and_real_traces_agree_on_everything_but_time(gpt, batch):
         (c.op, c.path, c.flops, c.bytes) for c in real.calls
     ]
     assert peak(fake.ledger.timeline()) == peak(real.ledger.timeline())
+
+
+def test_a_change_that_looks_at_values_is_made_on_a_copy(gpt, batch):
+    def change(model):
+        if model.lm_head.weight.abs().max() > 0:  # fake tensors cannot tell
+            model.lm_head = nn.Linear(32, 202)
+
+    tracer = trace_fake(Workload(gpt, batch[0]), change)
+    assert any(call.model_flops == 2 * batch[0].numel() * 32 * 202 for call in tracer.calls)
+    assert gpt.lm_head.out_features == 101
