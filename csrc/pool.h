@@ -90,4 +90,22 @@ class Pool {
   size_t kept_ = 0, most_ = size_t{1} << 30;
 };
 
+// Scratch from there, where it is too large for a thread to keep.
+class PooledBuffer {
+ public:
+  explicit PooledBuffer(size_t bytes) : bytes_(bytes), data_(bytes ? Pool::shared().take(bytes_) : nullptr) {}
+  PooledBuffer(const PooledBuffer&) = delete;
+  ~PooledBuffer() {
+    if (data_) Pool::shared().give(data_, bytes_);
+  }
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  size_t bytes_;
+  void* data_;
+};
+
 }  // namespace llmkern

@@ -19,13 +19,14 @@ from .reduce import column_sum
 
 
 def linear_cross_entropy_fwd(
-    x: Tensor, head: Tensor, bias: Tensor | None, target: Tensor, weight: Tensor | None, ignore_index: int,
-    label_smoothing: float, z_loss: float, softcap: float,
-    loss: Tensor, top: Tensor, log_total: Tensor,
+    x: Tensor, head: Tensor, bias: Tensor | None, target: Tensor, weight: Tensor | None,
+    factor: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
+    early: list[bool], loss: Tensor, top: Tensor, log_total: Tensor, dx: Tensor, dhead: Tensor, dbias: Tensor,
 ) -> None:  # fmt: skip
     """Losses (N,) of x (N, D) contiguous and head (C, D), and top and log_total as in cross_entropy_fwd.
 
-    A target outside [0, C) that is not ignore_index gives NaN.
+    A target outside [0, C) that is not ignore_index gives NaN.  With `factor`, the gradients of the losses'
+    sum times it, too.
     """
     (n, dim), classes = x.shape, head.shape[0]
     if not n:
@@ -46,15 +47,21 @@ def linear_cross_entropy_fwd(
         partial, target, weight, loss, top, log_total, n, classes, parts, ignore_index, label_smoothing,
         z_loss, smoothed, block, rows, warps=config.warps(block * rows),
     )  # fmt: skip
+    if factor is not None:
+        dloss = factor.expand(n).contiguous()
+        linear_cross_entropy_bwd(
+            dloss, x, head, bias, target, weight, top, log_total, factor, dx, dhead, dbias, ignore_index,
+            label_smoothing, z_loss, softcap, early, dx, dhead, dbias,
+        )  # fmt: skip
 
 
 def linear_cross_entropy_bwd(
     dloss: Tensor, x: Tensor, head: Tensor, bias: Tensor | None, target: Tensor, weight: Tensor | None,
-    top: Tensor, log_total: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
-    softcap: float, needs: list[bool],
-    dx: Tensor, dhead: Tensor, dbias: Tensor,
+    top: Tensor, log_total: Tensor, factor: Tensor | None, early_dx: Tensor, early_dhead: Tensor,
+    early_dbias: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
+    needs: list[bool], dx: Tensor, dhead: Tensor, dbias: Tensor,
 ) -> None:  # fmt: skip
-    """Gradients from dloss (N,); those that nobody wants have no elements."""
+    """Gradients from dloss (N,), made anew; those that nobody wants have no elements."""
     n, classes = x.shape[0], head.shape[0]
     options = (ignore_index, label_smoothing, z_loss, softcap)
     weighted = label_smoothing > 0 and weight is not None

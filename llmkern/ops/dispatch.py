@@ -107,6 +107,14 @@ def cpu_module() -> ModuleType | str:
     return _cpu.load(isa or _cpu.best()) if kind == "cpp" else f"ops run on {kind!r}"
 
 
+def runs_cpp(device: str) -> bool:
+    """Whether the C++ kernels run what they do not refuse of a device's tensors."""
+    return FAST.get(device) == "cpp" and not isinstance(cpu_module(), str)
+
+
+runs_cpp._dynamo_marked_constant = True
+
+
 @cache
 def find(op: "Op", half: str, backend: str) -> Callable[..., None] | str:
     """The kernel `<op>_<half>` of a backend, or the reason why there is none."""

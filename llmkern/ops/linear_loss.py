@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .loss import check_targets, reduce_losses
+from . import dispatch
+from .loss import check_targets, loss_factor, reduce_losses
 from .op import Make, Op, Sample, autocast, empty, opmath, register
 from .sharding import SUM, Split, wanted
 
@@ -28,7 +29,9 @@ def linear_cross_entropy(
     """`cross_entropy(linear(input, linear_weight, linear_bias), target)` without the logits in memory.
 
     As `torch.nn.functional.linear_cross_entropy` for class indices.  Logits exist a tile at a time,
-    in float32; backward computes them again.  Gradients are exact for any reduction.
+    in float32.  Backward computes them again; but with "mean" or "sum" the C++ kernel, in float32 and
+    bfloat16, makes the gradients in forward, where any is needed, and no product twice: evaluate under
+    `torch.no_grad()`.  Gradients are exact for any reduction.
 
     Args:
         input: hidden states, (*, D); float32, bfloat16, float16 or float64.
@@ -57,13 +60,40 @@ def linear_cross_entropy(
     _check_options(reduction, label_smoothing, z_loss, softcap)
     _check_tensors(input, linear_weight, target, linear_bias, weight)
     ignored = -100 if ignore_index is None else ignore_index
+    return reduced_loss(
+        input, linear_weight, target, linear_bias, weight, reduction, ignored, label_smoothing, z_loss,
+        softcap or 0.0, dtype,
+    )  # fmt: skip
+
+
+def reduced_loss(
+    input: Tensor, head: Tensor, target: Tensor, bias: Tensor | None, weight: Tensor | None, reduction: str,
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The op on checked tensors, and what `reduction` makes of its losses, in `dtype`."""
     flat = input.reshape(target.numel(), input.shape[-1]).contiguous()
+    bias = None if bias is None else bias.contiguous()
+    early = [_wants_early(t, reduction) for t in (flat, head, bias)]
+    factor = None
+    if any(early):
+        sums = opmath(input.dtype)
+        mean = reduction == "mean"
+        factor = loss_factor(sums, target, weight, ignore_index) if mean else input.new_ones((), dtype=sums)
     losses = LINEAR_CROSS_ENTROPY.apply(
-        flat, linear_weight, None if linear_bias is None else linear_bias.contiguous(), target.reshape(-1),
-        None if weight is None else weight.contiguous(), ignored, float(label_smoothing), float(z_loss),
-        float(softcap or 0.0),
+        flat, head, bias, target.reshape(-1), None if weight is None else weight.contiguous(), factor,
+        ignore_index, float(label_smoothing), float(z_loss), float(softcap), early,
     ).reshape(target.shape)  # fmt: skip
-    return reduce_losses(losses, dtype, target, weight, ignored, reduction)
+    return reduce_losses(losses, dtype, target, weight, ignore_index, reduction)
+
+
+def _wants_early(t: Tensor | None, reduction: str) -> bool:
+    """Whether forward makes the gradient of t: where it saves a product, and no scaling lies between.
+
+    float16 has too small a range for gradients that a GradScaler has not yet multiplied.
+    """
+    if t is None or reduction == "none" or not (torch.is_grad_enabled() and t.requires_grad):
+        return False
+    return t.dtype in (torch.float32, torch.bfloat16) and dispatch.runs_cpp(t.device.type)
 
 
 def _check_options(reduction: str, smoothing: float, z_loss: float, softcap: float | None) -> None:
@@ -129,6 +159,14 @@ def _logits(x: Tensor, head: Tensor, bias: Tensor | None, softcap: float) -> Ten
     return softcap * (z / softcap).tanh() if softcap else z
 
 
+EARLY = ("early_dx", "early_dhead", "early_dbias")
+
+
+def _gradients_of_rows(needs: list[bool]) -> list[int | str | None]:
+    """Where the gradients of x, head and bias are, with rows split."""
+    return [wanted(need, where) for need, where in zip(needs, (0, SUM, SUM))]
+
+
 @register
 class LINEAR_CROSS_ENTROPY(Op):
     """loss = (1 - ε) w[t] (lse - z[t]) + ε/C Σ_c w[c] (lse - z[c]) + ζ lse²,  z = cap(x Wᵀ + b)
@@ -137,7 +175,9 @@ class LINEAR_CROSS_ENTROPY(Op):
     cross_entropy's; cap(z) = κ tanh(z / κ), or z without a softcap κ.
 
     Forward is one product of 2 N C D FLOPs.  Backward is three: 2 N C D for the logits again, and
-    4 N C D for dx = dz W and dW = dzᵀ x.  Both gradients are summed in float32 and rounded once.
+    4 N C D for dx = dz W and dW = dzᵀ x.  Both gradients are summed in float32 and rounded once.  Where
+    forward is told the gradient of its losses, one factor for all, it can make the gradients there; backward
+    then only scales them, if it turns out to be a multiple.
     """
 
     name = "linear_cross_entropy"
@@ -153,8 +193,9 @@ class LINEAR_CROSS_ENTROPY(Op):
     @staticmethod
     def reference(
         x: Tensor, head: Tensor, bias: Tensor | None, target: Tensor, weight: Tensor | None,
-        ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        factor: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
+        early: list[bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         classes = head.shape[0]
         check_targets("linear_cross_entropy", target, classes, ignore_index)
         z = _logits(x, head, bias, softcap)  # (N, C)
@@ -168,26 +209,35 @@ class LINEAR_CROSS_ENTROPY(Op):
         if label_smoothing:
             loss = loss + label_smoothing / classes * (w * (log_total[:, None] - z)).sum(-1)
         loss = loss + z_loss * (top + log_total).square()
-        return torch.where(kept, loss, 0.0), top, log_total
+        grads = (empty(x),) * 3
+        if factor is not None:
+            options = (factor, *grads, ignore_index, label_smoothing, z_loss, softcap)
+            dloss = factor.expand(target.shape)
+            grads = LINEAR_CROSS_ENTROPY.reference_bwd(
+                dloss, x, head, bias, target, weight, top, log_total, *options, early
+            )
+        return torch.where(kept, loss, 0.0), top, log_total, *(g.clone() for g in grads)
 
     @staticmethod
-    def outputs(x, head, bias, target, weight, ignore_index, label_smoothing, z_loss, softcap):
+    def outputs(x, head, bias, target, weight, factor, ignore_index, label_smoothing, z_loss, softcap, early):
         loss = x.new_empty(x.shape[0], dtype=opmath(x.dtype))
-        return loss, torch.empty_like(loss), torch.empty_like(loss)
+        grads = (x.new_empty(t.shape) if need else empty(x) for t, need in zip((x, head, bias), early))
+        return loss, torch.empty_like(loss), torch.empty_like(loss), *grads
 
     @staticmethod
     def save(args, outs):
-        return (*args[:5], outs[1], outs[2], *args[5:])
+        return (*args[:5], *outs[1:3], args[5], *outs[3:], *args[6:-1])
 
     @staticmethod
-    def replay(x, head, bias, target, weight, top, log_total, *options):
-        return x, head, bias, target, weight, *options
+    def replay(x, head, bias, target, weight, top, log_total, factor, dx, dhead, dbias, *options):
+        return x, head, bias, target, weight, None, *options, [False] * 3
 
     @staticmethod
     def reference_bwd(
         dloss: Tensor, x: Tensor, head: Tensor, bias: Tensor | None, target: Tensor, weight: Tensor | None,
-        top: Tensor, log_total: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
-        softcap: float, needs: list[bool],
+        top: Tensor, log_total: Tensor, factor: Tensor | None, early_dx: Tensor, early_dhead: Tensor,
+        early_dbias: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
+        needs: list[bool],
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         z = _logits(x, head, bias, softcap)
         classes = head.shape[0]
@@ -206,30 +256,29 @@ class LINEAR_CROSS_ENTROPY(Op):
         return tuple(d if need else empty(x) for d, need in zip(grads, needs))
 
     @staticmethod
-    def outputs_bwd(
-        dloss, x, head, bias, target, weight, top, log_total, ignore_index, label_smoothing, z_loss, softcap,
-        needs,
-    ):  # fmt: skip
+    def outputs_bwd(dloss, x, head, bias, *others):
+        needs = others[-1]
         return tuple(x.new_empty(t.shape) if need else empty(x) for t, need in zip((x, head, bias), needs))
 
     @staticmethod
     def splits(half, args):
         split = dict.fromkeys(("x", "target", "dloss", "top", "log_total"), 0)
         if half == "fwd":
-            yield Split(split, (0, 0, 0))
-        else:
-            yield Split(split, tuple(wanted(n, w) for n, w in zip(args["needs"], (0, SUM, SUM))))
+            yield Split(split, (0, 0, 0, *_gradients_of_rows(args["early"])))
+            return
+        made = [args["factor"] is not None and 0 not in args[name].shape for name in EARLY]
+        held = dict(zip(EARLY, _gradients_of_rows(made)))
+        yield Split({**split, **held}, tuple(_gradients_of_rows(args["needs"])))
 
     @staticmethod
-    def flops(x, head, bias, target, weight, ignore_index, label_smoothing, z_loss, softcap):
-        return 2 * x.shape[0] * head.numel()
+    def flops(x, head, *others):
+        early = others[-1]
+        return 2 * x.shape[0] * head.numel() * (1 + early[0] + early[1])
 
     @staticmethod
-    def flops_bwd(
-        dloss, x, head, bias, target, weight, top, log_total, ignore_index, label_smoothing, z_loss, softcap,
-        needs,
-    ):  # fmt: skip
-        return 2 * x.shape[0] * head.numel() * (1 + needs[0] + needs[1])
+    def flops_bwd(dloss, x, head, bias, target, weight, top, log_total, factor, *others):
+        needs = others[-1]
+        return 2 * x.shape[0] * head.numel() * (1 + needs[0] + needs[1]) if factor is None else 0
 
     @staticmethod
     def eager(

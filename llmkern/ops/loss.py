@@ -58,10 +58,15 @@ def reduce_losses(
         return losses.to(dtype)
     total = losses.sum()
     if reduction == "mean":
-        kept = target != ignore_index
-        share = kept if weight is None else kept * weight[target.where(kept, 0)]
-        total = total / share.sum()
+        total = total * loss_factor(losses.dtype, target, weight, ignore_index)
     return total.to(dtype)
+
+
+def loss_factor(dtype: torch.dtype, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What the "mean" multiplies the sum of all losses by: 1 / Σ w[t] over what is not ignored."""
+    kept = target != ignore_index
+    share = kept if weight is None else kept * weight[target.where(kept, 0)]
+    return 1 / share.sum(dtype=dtype)
 
 
 def _check(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, smoothing: float) -> None:

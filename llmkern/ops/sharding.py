@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from .op import Op
 
-SUM = "sum"  # an output of which every device holds a term
+SUM = "sum"  # every device holds a term
 
 
 class Split(NamedTuple):
-    """One way to split a half of an op; what is not named is whole on every device."""
+    """One way to split a half of an op; absent arguments may be named, too."""
 
-    inputs: dict[str, int]  # argument -> the dimension in which it is split; absent ones may be named
-    outputs: tuple[int | str | None, ...]  # the same for each output, `SUM`, or None
+    inputs: dict[str, int | str | None]  # argument -> the dimension in which it is split, or `SUM`
+    outputs: tuple[int | str | None, ...]  # the same for each output; None, or not named, is whole
 
 
 def wanted(need: bool, where: int | str) -> int | str | None:

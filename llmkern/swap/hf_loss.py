@@ -16,8 +16,7 @@ from ..nn.children import must_call
 from ..nn.kernel_class import ROLES, Kernel, kernel_class, own_class, set_class
 from ..nn.rebound import kernel, rebind
 from ..ops.dispatch import fall_back
-from ..ops.linear_loss import LINEAR_CROSS_ENTROPY
-from ..ops.loss import reduce_losses
+from ..ops.linear_loss import reduced_loss
 from ..ops.op import autocast
 from ..report import Change, Entry, class_name
 from .hf import is_model
@@ -141,12 +140,10 @@ def _loss_without_logits(
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]  # tokens before n predict n
     target = shift_labels.reshape(-1).to(hidden.device)
     hidden, weight, bias = autocast(hidden, head.weight, head.bias)
-    losses = LINEAR_CROSS_ENTROPY.apply(
-        hidden.reshape(target.numel(), -1).contiguous(), weight, bias, target, None, ignore_index, 0.0, 0.0,
-        softcap,
-    )  # fmt: skip
     reduction = "mean" if num_items_in_batch is None else "sum"
-    loss = reduce_losses(losses, torch.float32, target, None, ignore_index, reduction)
+    loss = reduced_loss(
+        hidden, weight, target, bias, None, reduction, ignore_index, 0.0, 0.0, softcap, torch.float32
+    )
     if num_items_in_batch is not None:
         items = num_items_in_batch
         loss = loss / (items.to(loss.device) if isinstance(items, Tensor) else items)

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from guard_pages import guarded
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from llmkern import ops
-from llmkern.ops import linear_cross_entropy
+from llmkern.ops import OPS, linear_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -44,10 +45,12 @@ def gradients(x: Tensor, head: Tensor, target: Tensor, backend: str, **kwargs) -
         return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.ones_like(loss))]
 
 
-def close_to_float64(backend: str, device: str, n: int, classes: int, dim: int) -> None:
+def close_to_float64(
+    backend: str, device: str, n: int, classes: int, dim: int, reduction: str = "none"
+) -> None:
     x, head, bias = randn(n, dim), randn(classes, dim), randn(classes)
     target = integers(classes, n).where(torch.arange(n) % 5 > 0, -100)
-    options = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 8.0, "reduction": "none"}
+    options = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 8.0, "reduction": reduction}
     got = gradients(
         *(t.to(device) for t in (x, head, target)), backend, linear_bias=bias.to(device), **options
     )
@@ -61,6 +64,45 @@ def test_many_tiles(backend: str, device: str, small_tiles):
         close_to_float64(backend, device, 35, 77, 20)
     else:
         close_to_float64(backend, device, 2700, 2100, 20)  # 2160 rows that count
+        close_to_float64(backend, device, 700, 2100, 20, "sum")  # gradients from forward, two chunks of rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_from_forward(dtype: torch.dtype):
+    """They are those of backward: scaled by what came, made anew if that is no multiple of them."""
+    op = OPS["linear_cross_entropy"]
+    x, head, target = randn(600, 24).to(dtype), randn(1100, 24).to(dtype), integers(1100, 600)
+    plain = (x, head, None, target, None), (-100, 0.0, 0.0, 0.0)
+    factor = torch.tensor(0.25)
+    early = op.fwd(*plain[0], factor, *plain[1], [True, True, False])
+    late = op.fwd(*plain[0], None, *plain[1], [False] * 3)
+    for a, b in zip(early[:3], late[:3]):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    for dloss in (torch.full((600,), 0.5), torch.linspace(0, 1, 600)):
+        got, expected = (
+            op.bwd(dloss, *plain[0], *outs[1:3], known, *outs[3:], *plain[1], [True, True, False])
+            for outs, known in ((early, factor), (late, None))
+        )
+        for a, b in zip(got[:2], expected[:2]):
+            rtol = 1e-5 if dtype == torch.float32 else 2**-7
+            torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * b.abs().max().item())
+
+
+def test_when_forward_makes_gradients():
+    """With a sum or mean, and a gradient wanted; not in float16, whose gradients a GradScaler has to lift."""
+
+    def backward_flops(dtype=torch.float32, reduction="mean", backend="cpp") -> int:
+        x, head = randn(6, 4).to(dtype).requires_grad_(), randn(9, 4).to(dtype).requires_grad_()
+        with ops.use(backend):
+            loss = linear_cross_entropy(x, head, integers(9, 6), reduction=reduction).sum()
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        return counter.get_total_flops()
+
+    assert backward_flops() == backward_flops(torch.bfloat16, "sum") == 0
+    late = 3 * 2 * 6 * 9 * 4
+    assert backward_flops(torch.float16) == backward_flops(reduction="none") == late
+    assert backward_flops(backend="reference") == late
 
 
 def test_same_bits_for_any_thread_count_over_many_tiles():

@@ -14,6 +14,10 @@ def randn(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+def integers(high: int, *shape: int) -> torch.Tensor:
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(0))
+
+
 # name -> (function, tensors, the dimension in which each is split, or None)
 CASES = {
     "linear, rows": (ops.linear, (randn(8, 6), randn(10, 6), randn(10)), (0, None, None)),
@@ -40,14 +44,25 @@ CASES = {
         (randn(2, 4, 9, 8), randn(2, 2, 9, 8), randn(2, 2, 9, 8), randn(4)), (1, 1, 1, 0),
     ),
     "softmax, rows": (ops.softmax, (randn(8, 6),), (0,)),
+    "cross_entropy, rows": (
+        lambda x, t: ops.cross_entropy(x, t, reduction="none"), (randn(8, 6), integers(6, 8)), (0, 0),
+    ),
+    "linear_cross_entropy, rows": (
+        lambda x, w, b, t: ops.linear_cross_entropy(x, w, t, linear_bias=b, reduction="none"),
+        (randn(8, 6), randn(10, 6), randn(10), integers(10, 8)), (0, None, None, 0),
+    ),
+    "linear_cross_entropy, rows, gradients from forward": (
+        lambda x, w, b, t: ops.linear_cross_entropy(x, w, t, linear_bias=b, ignore_index=3),
+        (randn(8, 6), randn(10, 6), randn(10), integers(10, 8)), (0, None, None, 0),
+    ),
 }  # fmt: skip
 
 
 def run(function, tensors) -> list[torch.Tensor]:
-    """The output and the gradients of all tensors."""
+    """The output and the gradients of all tensors that can have one."""
+    leaves = [t.requires_grad_() for t in tensors if t.is_floating_point()]
     out = function(*tensors)
-    grads = torch.autograd.grad((out * out.sin()).sum(), tensors)
-    return [out, *grads]
+    return [out, *torch.autograd.grad((out * out.sin()).sum(), leaves)]
 
 
 def worker(rank: int, port: int) -> None:
@@ -57,9 +72,9 @@ def worker(rank: int, port: int) -> None:
     torch.set_num_threads(1)
     mesh = init_device_mesh("cpu", (2,))
     for name, (function, tensors, dims) in CASES.items():
-        whole = run(function, [t.clone().requires_grad_() for t in tensors])
+        whole = run(function, [t.clone() for t in tensors])
         placements = [[Replicate() if d is None else Shard(d)] for d in dims]
-        split = [distribute_tensor(t.clone(), mesh, p).requires_grad_() for t, p in zip(tensors, placements)]
+        split = [distribute_tensor(t.clone(), mesh, p) for t, p in zip(tensors, placements)]
         results = run(function, split)
         assert results[0].placements != (Replicate(),), f"{name} gathers its input"
         for got, expected in zip(results, whole):
