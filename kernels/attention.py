@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config
 from .attention_backward import attention_bwd
 from .attention_gluon import attention_fwd_gluon, why_not_gluon
 from .attention_scores import (
@@ -47,7 +46,7 @@ def attention_fwd(
     if why_not_gluon(q, k, v, rules) is None:
         attention_fwd_gluon(q, k, v, rules, out, lse)
         return
-    p = plan(config.ATTENTION_FWD, q, k, v, rules)
+    p = plan("attention_fwd", q, k, v, rules)
     launch(
         _forward_kernel, q, (triton.cdiv(s_q, p.block_m) * batch * heads,),
         q, k, v, sinks, out, lse,

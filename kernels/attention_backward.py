@@ -64,7 +64,7 @@ def _launch_delta(dout, out, dlse, delta) -> None:
 def _launch_dkv(dout, q, k, v, lse, delta, rules, dk, dv) -> None:
     batch, heads, s_q, dim = q.shape
     heads_kv, s_k = k.shape[1:3]
-    p = plan(config.ATTENTION_DKV, q, k, v, rules)
+    p = plan("attention_dkv", q, k, v, rules)
     ranges = None if rules.spans is None else _query_ranges(rules, s_q, s_k, p.block_n)
     launch(
         _dkv_kernel, q, (triton.cdiv(s_k, p.block_n) * batch * heads_kv,),
@@ -93,7 +93,7 @@ def _query_ranges(rules: Rules, s_q: int, s_k: int, block_n: int) -> Tensor:
 
 def _launch_dq(dout, q, k, v, lse, delta, rules, dq) -> None:
     batch, heads, s_q, dim = q.shape
-    p = plan(config.ATTENTION_DQ, q, k, v, rules)
+    p = plan("attention_dq", q, k, v, rules)
     launch(
         _dq_kernel, q, (triton.cdiv(s_q, p.block_m) * batch * heads,),
         dout, q, k, v, lse, delta, dq,

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import config
+from . import config, tiles
 from .attention_scores import LOG2E, Rules
 from .launch import architecture, fit, launch, multiprocessors
 
@@ -50,7 +50,7 @@ def attention_fwd_gluon(q: Tensor, k: Tensor, v: Tensor, rules: Rules, out: Tens
     from .attention_hopper import hopper_forward_kernel
 
     batch, heads, s_q, _ = q.shape
-    tile = config.HOPPER_FWD[fit(max(q.shape[3], v.shape[3]), 64, 128)]
+    tile = tiles.find("attention_fwd_gluon", q, fit(max(q.shape[3], v.shape[3]), 64, 128))
     blocks = triton.cdiv(s_q, tile.rows)
     causal = rules.right is not None
     launch(

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config
+from . import tiles
 from .activation import tanh
 from .launch import fit
 from .philox import drop, keeps
@@ -70,11 +70,18 @@ class Plan(NamedTuple):
     run: dict[str, int]
 
 
-def plan(table: dict[tuple[int, int], config.Tile], q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Plan:
-    """Blocks from a table of `config`, cut down to short inputs."""
+def plan(kernel: str, q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Plan:
+    """Blocks from the table of tiles, cut down to short inputs.
+
+    Rules whose tiles need registers too have rows of their own, or half the rows.
+    """
     block_d, block_v = fit(q.shape[3], 16, 256), fit(v.shape[3], 16, 256)
     heavy = rules.kind > 0 or rules.softcap > 0 or rules.seed is not None or rules.spans is not None
-    tile = config.attention(table, q.element_size(), max(block_d, block_v), heavy)
+    kind = max(block_d, block_v)
+    tile = tiles.find(kernel, q, f"{kind} heavy") if heavy else None
+    if tile is None:
+        tile = tiles.find(kernel, q, kind)
+        tile = tile._replace(rows=max(16, tile.rows // 2)) if heavy else tile
     block_m, block_n = fit(q.shape[2], 16, tile.rows), fit(k.shape[2], 16, tile.cols)
     return Plan(block_d, block_v, block_m, block_n, {"warps": tile.warps, "stages": tile.stages})
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config
+from . import config, tiles
 from .activation import tanh
 from .launch import fit, launch
 
@@ -53,7 +53,7 @@ def decode_attention_fwd(
     if not lse.numel():
         return
     rows = heads // kv_heads * s_q
-    tile = config.DECODE[q.element_size(), block_d]
+    tile = tiles.find("decode", q, block_d)
     block_m = fit(rows, 16, tile.rows)
     programs = batch * kv_heads * triton.cdiv(rows, block_m)
     splits = min(config.DECODE_SPLITS, triton.cdiv(config.DECODE_PROGRAMS, programs))

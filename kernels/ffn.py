@@ -13,7 +13,8 @@ from torch import Tensor
 
 from . import config
 from .activation import activate, derivative
-from .gemm import add_bias, blocks, gemm, product, tile_at, tile_position
+from .gemm import add_bias, blocks, gemm, programs, tile_at, tile_origin
+from .gemm_operands import operands, product
 from .launch import fit, launch
 from .philox import Drop, drop, dropped
 from .reduce import column_sum
@@ -130,14 +131,15 @@ def _hidden(x, weight_in, bias_in, weight_gate, bias_gate, activation, drop, h, 
         return
     gated = weight_gate is not None
     tile, sizes = blocks(x, m, n, k, heavy=gated + (drop.seed is not None))
+    gate = (x, weight_gate.t()) if gated else (None, None)
+    read = operands(sizes, (x, weight_in.t()), gate)
+    count = triton.cdiv(m, sizes[0]) * triton.cdiv(n, sizes[1])
     launch(
-        _hidden_kernel, x, (triton.cdiv(m, sizes[0]) * triton.cdiv(n, sizes[1]),),
-        x, weight_in, bias_in, weight_gate, bias_gate, h,
-        u if u.numel() else None, g if g.numel() else None,
-        m, n, k, *weight_in.stride(), *(weight_gate.stride() if gated else (0, 0)),
-        bias_in.stride(0) if bias_in is not None else 0,
-        bias_gate.stride(0) if bias_gate is not None else 0,
-        *drop, activation, *sizes, config.GEMM_GROUP, warps=tile.warps, stages=tile.stages,
+        _hidden_kernel, x, (programs(x, count, read),),
+        *read.args, bias_in, bias_gate, h, u if u.numel() else None, g if g.numel() else None,
+        m, n, k, *read.strides, bias_in.stride(0) if bias_in is not None else 0,
+        bias_gate.stride(0) if bias_gate is not None else 0, *drop, activation, *sizes,
+        config.GEMM_GROUP, read.loads, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
 
 
@@ -146,38 +148,49 @@ def _hidden_bwd(dy, weight_out, u, g, activation, drop, h, du, dg) -> None:
     if not u.numel():
         return
     tile, sizes = blocks(dy, m, n, k, heavy=1 + (drop.seed is not None))
+    read = operands(sizes, (dy, weight_out))
+    count = triton.cdiv(m, sizes[0]) * triton.cdiv(n, sizes[1])
     launch(
-        _hidden_bwd_kernel, dy, (triton.cdiv(m, sizes[0]) * triton.cdiv(n, sizes[1]),),
-        dy, weight_out, u, g if dg is not None else None, h, du, dg,
-        m, n, k, *dy.stride(), *weight_out.stride(), *drop, activation, *sizes, config.GEMM_GROUP,
-        warps=tile.warps, stages=tile.stages,
+        _hidden_bwd_kernel, dy, (programs(dy, count, read),),
+        *read.args, u, g if dg is not None else None, h, du, dg, m, n, k, *read.strides, *drop,
+        activation, *sizes, config.GEMM_GROUP, read.loads, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
 
 
 @triton.jit
 def _hidden_kernel(
-    x, weight_in, bias_in, weight_gate, bias_gate, h, u_out, g_out, M, N, K,
-    in_n, in_k, gate_n, gate_k, bias_in_n, bias_gate_n, seed, first_row, threshold, scale, F: tl.constexpr,
+    x, weight_in, x_again, weight_gate, bias_in, bias_gate, h, u_out, g_out, M, N, K,
+    x_m, x_k, in_k, in_n, again_m, again_k, gate_k, gate_n, bias_in_n, bias_gate_n,
+    seed, first_row, threshold, scale, F: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
-    rows, cols = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
-    at, inside = tile_at(rows, cols, M, N)
-    zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    u = product(zero, x, weight_in, rows, cols, M, N, K, K, 1, in_k, in_n, BLOCK_K, EVEN_K)
-    u = add_bias(u, bias_in, bias_in_n, cols, N)
-    if u_out is not None:
-        tl.store(u_out + at, u.to(u_out.dtype.element_ty), mask=inside)
-    if weight_gate is not None:
-        g = product(zero, x, weight_gate, rows, cols, M, N, K, K, 1, gate_k, gate_n, BLOCK_K, EVEN_K)
-        g = add_bias(g, bias_gate, bias_gate_n, cols, N)
-        if g_out is not None:
-            tl.store(g_out + at, g.to(g_out.dtype.element_ty), mask=inside)
-        value = activate(g, F) * u
-    else:
-        value = activate(u, F)
-    value = dropped(value, seed, first_row + rows.to(tl.int64)[:, None], cols[None, :], threshold, scale)
-    tl.store(h + at, value.to(h.dtype.element_ty), mask=inside)
+    count = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for index in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=LOADS != "pointers"):
+        row, col = tile_origin(index, M, N, BLOCK_M, BLOCK_N, GROUP)
+        rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+        at, inside = tile_at(rows, cols, M, N)
+        zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        u = product(
+            zero, x, weight_in, row, col, 0, K, M, N, K, x_m, x_k, in_k, in_n,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, LOADS,
+        )  # fmt: skip
+        u = add_bias(u, bias_in, bias_in_n, cols, N)
+        if u_out is not None:
+            tl.store(u_out + at, u.to(u_out.dtype.element_ty), mask=inside)
+        if weight_gate is not None:
+            g = product(
+                zero, x_again, weight_gate, row, col, 0, K, M, N, K, again_m, again_k, gate_k, gate_n,
+                BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, LOADS,
+            )  # fmt: skip
+            g = add_bias(g, bias_gate, bias_gate_n, cols, N)
+            if g_out is not None:
+                tl.store(g_out + at, g.to(g_out.dtype.element_ty), mask=inside)
+            value = activate(g, F) * u
+        else:
+            value = activate(u, F)
+        value = dropped(value, seed, first_row + rows.to(tl.int64)[:, None], cols[None, :], threshold, scale)
+        tl.store(h + at, value.to(h.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -185,23 +198,29 @@ def _hidden_bwd_kernel(
     dy, weight_out, u_in, g_in, h, du, dg, M, N, K, dy_m, dy_k, out_k, out_n,
     seed, first_row, threshold, scale, F: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
-    rows, cols = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP)
-    at, inside = tile_at(rows, cols, M, N)
-    dh = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    dh = product(dh, dy, weight_out, rows, cols, M, N, K, dy_m, dy_k, out_k, out_n, BLOCK_K, EVEN_K)
-    places = first_row + rows.to(tl.int64)[:, None]
-    dh = dropped(dh, seed, places, cols[None, :], threshold, scale)
-    u = tl.load(u_in + at, mask=inside, other=0.0).to(tl.float32)
-    if g_in is not None:
-        g = tl.load(g_in + at, mask=inside, other=0.0).to(tl.float32)
-        gate = activate(g, F)
-        value = gate * u
-        tl.store(dg + at, (dh * u * derivative(g, F)).to(dg.dtype.element_ty), mask=inside)
-        tl.store(du + at, (dh * gate).to(du.dtype.element_ty), mask=inside)
-    else:
-        value = activate(u, F)
-        tl.store(du + at, (dh * derivative(u, F)).to(du.dtype.element_ty), mask=inside)
-    value = dropped(value, seed, places, cols[None, :], threshold, scale)
-    tl.store(h + at, value.to(h.dtype.element_ty), mask=inside)
+    count = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for index in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=LOADS != "pointers"):
+        row, col = tile_origin(index, M, N, BLOCK_M, BLOCK_N, GROUP)
+        rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+        at, inside = tile_at(rows, cols, M, N)
+        dh = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        dh = product(
+            dh, dy, weight_out, row, col, 0, K, M, N, K, dy_m, dy_k, out_k, out_n,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, LOADS,
+        )  # fmt: skip
+        places = first_row + rows.to(tl.int64)[:, None]
+        dh = dropped(dh, seed, places, cols[None, :], threshold, scale)
+        u = tl.load(u_in + at, mask=inside, other=0.0).to(tl.float32)
+        if g_in is not None:
+            g = tl.load(g_in + at, mask=inside, other=0.0).to(tl.float32)
+            gate = activate(g, F)
+            value = gate * u
+            tl.store(dg + at, (dh * u * derivative(g, F)).to(dg.dtype.element_ty), mask=inside)
+            tl.store(du + at, (dh * gate).to(du.dtype.element_ty), mask=inside)
+        else:
+            value = activate(u, F)
+            tl.store(du + at, (dh * derivative(u, F)).to(du.dtype.element_ty), mask=inside)
+        value = dropped(value, seed, places, cols[None, :], threshold, scale)
+        tl.store(h + at, value.to(h.dtype.element_ty), mask=inside)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from . import config
 from .activation import tanh
-from .gemm import add_bias, blocks, gemm, product, tile_at, tile_position
+from .gemm import add_bias, blocks, gemm, tile_at, tile_origin
+from .gemm_operands import operands, product
 from .launch import fit, launch
 from .loss import target_weight
 from .reduce import column_sum
@@ -34,11 +35,13 @@ def linear_cross_entropy_fwd(
     smoothed = label_smoothing > 0
     parts = triton.cdiv(classes, config.LINEAR_LOSS_PART)
     partial = x.new_empty(5 if smoothed else 3, parts, n, dtype=torch.float32)
-    tile, sizes = blocks(x, n, classes, dim, heavy=True)
+    tile, sizes = blocks(x, n, classes, dim, heavy=1)
+    read = operands(sizes, (x, head.t()))
     launch(
         _partial_kernel, x, (triton.cdiv(n, sizes[0]), parts),
-        x, head, bias, target, weight, partial, n, classes, dim, *head.stride(), softcap,
-        softcap > 0, smoothed, config.LINEAR_LOSS_PART, *sizes, warps=tile.warps, stages=tile.stages,
+        *read.args, bias, target, weight, partial, n, classes, dim, *read.strides, softcap,
+        softcap > 0, smoothed, config.LINEAR_LOSS_PART, *sizes, read.loads,
+        warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     block = triton.next_power_of_2(parts)
     rows = fit(n, 1, max(1, config.LINEAR_LOSS_PART // block))
@@ -102,24 +105,29 @@ def _gradient(
     if not dz.numel():
         return
     smoothing, softcap = options[1], options[3]
-    tile, sizes = blocks(x, rows, cols, dim, heavy=True)
+    tile, sizes = blocks(x, rows, cols, dim, heavy=1)
+    read = operands(sizes, (x, head.t()))
     launch(
         _gradient_kernel, x, (triton.cdiv(rows, sizes[0]) * triton.cdiv(cols, sizes[1]),),
-        x, head, bias, weight, weight_sum, target, top, log_total, dloss, dz,
-        rows, col, cols, classes, dim, *head.stride(), *options, softcap > 0, smoothing > 0,
-        *sizes, config.GEMM_GROUP, warps=tile.warps, stages=tile.stages,
+        *read.args, bias, weight, weight_sum, target, top, log_total, dloss, dz,
+        rows, col, cols, classes, dim, *read.strides, *options, softcap > 0, smoothing > 0,
+        *sizes, config.GEMM_GROUP, read.loads, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
 
 
 @triton.jit
 def _logits(
-    x, head, bias, rows, cols, N, C, D, head_c, head_d, softcap, CAPPED: tl.constexpr,
+    x, head, bias, row, col, N, C, D, x_n, x_d, head_d, head_c, softcap, CAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    LOADS: tl.constexpr,
 ):  # fmt: skip
-    """The logits of these rows and classes, in float32."""
+    """The logits of the rows from `row` and the classes from `col` on, in float32."""
     z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    z = product(z, x, head, rows, cols, N, C, D, D, 1, head_d, head_c, BLOCK_K, EVEN_K)
-    z = add_bias(z, bias, 1, cols, C)
+    z = product(
+        z, x, head, row, col, 0, D, N, C, D, x_n, x_d, head_d, head_c,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, LOADS,
+    )  # fmt: skip
+    z = add_bias(z, bias, 1, col + tl.arange(0, BLOCK_N), C)
     if CAPPED:
         z = softcap * tanh(z / softcap)
     return z
@@ -141,9 +149,10 @@ def _finite_or_0(top):
 
 @triton.jit
 def _partial_kernel(
-    x, head, bias, target, weight, partial, N, C, D, head_c, head_d, softcap,
+    x, head, bias, target, weight, partial, N, C, D, x_n, x_d, head_d, head_c, softcap,
     CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, PART: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    LOADS: tl.constexpr,
 ):  # fmt: skip
     """Of PART classes: max z, Σ exp(z - top), z[t] or 0; for smoothing Σ w (top - z) and Σ w."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -159,8 +168,8 @@ def _partial_kernel(
         cols = start + tl.arange(0, BLOCK_N)
         inside = (cols < last)[None, :]
         z = _logits(
-            x, head, bias, rows, cols, N, C, D, head_c, head_d, softcap, CAPPED,
-            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+            x, head, bias, tl.program_id(0) * BLOCK_M, start, N, C, D, x_n, x_d, head_d, head_c, softcap,
+            CAPPED, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, LOADS,
         )  # fmt: skip
         z = tl.where(inside, z, float("-inf"))
         above = tl.maximum(top, tl.max(z, 1))
@@ -218,18 +227,20 @@ def _loss_kernel(
 @triton.jit
 def _gradient_kernel(
     x, head, bias, weight, weight_sum, target, top, log_total, dloss, dz, N, first, COLS, C, D,
-    head_c, head_d, ignore_index, smoothing, z_loss, softcap, CAPPED: tl.constexpr, SMOOTHED: tl.constexpr,
+    x_n, x_d, head_d, head_c, ignore_index, smoothing, z_loss, softcap,
+    CAPPED: tl.constexpr, SMOOTHED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
     """dz (N, COLS) of the classes from `first` on:
     dloss (p (hot + ε/C Σ w + 2 ζ lse) - ε/C w - hot at the target) (1 - (z / κ)²), hot = (1 - ε) w[t].
     """
-    rows, at_cols = tile_position(N, COLS, BLOCK_M, BLOCK_N, GROUP)
+    row, col = tile_origin(tl.program_id(0), N, COLS, BLOCK_M, BLOCK_N, GROUP)
+    rows, at_cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
     cols = first + at_cols
     z = _logits(
-        x, head, bias, rows, cols, N, C, D, head_c, head_d, softcap, CAPPED,
-        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+        x, head, bias, row, first + col, N, C, D, x_n, x_d, head_d, head_c, softcap, CAPPED,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, LOADS,
     )  # fmt: skip
     inside = rows < N
     t, kept, w = target_weight(target, weight, rows, C, ignore_index, inside)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config
+from . import config, tiles
 from .gemm import add_bias, gemm, tile_at, tile_position
 from .launch import fit, launch
 from .reduce import column_sum
@@ -22,9 +22,9 @@ def quant_linear_fwd(
         return
     (m, n), k = y.shape, x.shape[1]
     few = m <= config.QUANT_ROWS
-    tile = (config.QUANT_FEW if few else config.QUANT)[x.element_size()]
+    tile = tiles.find("quant", x, "few" if few else "many")
     rows, cols = fit(m, 16, tile.rows), fit(n, 16, tile.cols)
-    int4, group, step = _codes(qweight, scales, k, config.QUANT_DEPTH[x.element_size(), few])
+    int4, group, step = _codes(qweight, scales, k, tile.depth)
     launch(
         _quant_linear_kernel, x, (triton.cdiv(m, rows) * triton.cdiv(n, cols),),
         x, qweight, scales, mins, bias, y, m, n, k, *x.stride(), qweight.shape[1], scales.shape[1],

@@ -45,8 +45,8 @@ def test_every_case():
 def test_planted_spills_are_found():
     """A tile that does not fit the registers is reported."""
     found = output(
-        "from llmkern.kernels import config\n"
-        "config.ATTENTION_FWD[2, 64] = config.Tile(256, 128, 4, 8)\n"
+        "from llmkern.kernels import tiles\n"
+        "tiles.TABLE['attention_fwd', 'any', 2, '64'] = tiles.Tile(256, 128, 0, 4, 8)\n"
         "rows = aot_compile.compile_op('sm_80', 'bfloat16', 'attention', once=True)\n"
         "print(*next(row.problems for row in rows if row.kernel == '_forward_kernel'))"
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
-from llmkern.kernels import attention_gluon, attention_hopper, config
+from llmkern.kernels import attention_gluon, attention_hopper, tiles
 from llmkern.kernels.attention_scores import LOG2E, Rules
 
 FOREVER = 2**20  # a diagonal from which every query sees every key
@@ -46,7 +46,7 @@ def run(module, b, h, h_kv, s_q, s_k, d, diagonal, programs, section) -> None:
     """Run the kernel on the model and hold it to the reference."""
     q, k, v = qkv(b, h, h_kv, s_q, s_k, d)
     out, lse = torch.full_like(q, math.nan), torch.full((b, h, s_q), math.nan)
-    tile = config.HOPPER_FWD[64]
+    tile = tiles.TABLE["attention_fwd_gluon", "sm_90", 2, "64"]
     boxes = (tile.rows // 2, tile.cols, tile.cols, tile.rows // 2)
     descriptors = [gluon_model.Descriptor(t, [1, 1, n, 64]) for t, n in zip((q, k, v, out), boxes)]
     gluon_model.launch(

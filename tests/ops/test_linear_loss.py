@@ -32,7 +32,9 @@ def small_tiles(monkeypatch):
     config = pytest.importorskip("llmkern.kernels.config")
     for name, size in {"PART": 16, "ROWS": 16, "COLS": 32}.items():
         monkeypatch.setattr(config, f"LINEAR_LOSS_{name}", size)
-    monkeypatch.setattr(config, "GEMM", {k: config.Tile(16, 16, 1, 1) for k in config.GEMM})
+    tiles = pytest.importorskip("llmkern.kernels.tiles")
+    small = {k: tiles.Tile(16, 16, 16, 1, 1) for k in tiles.TABLE if k[0] == "gemm"}
+    monkeypatch.setattr(tiles, "TABLE", {**tiles.TABLE, **small})
 
 
 def gradients(x: Tensor, head: Tensor, target: Tensor, backend: str, **kwargs) -> list[Tensor]:
