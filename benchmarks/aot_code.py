@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma|v_smfmac|v_wmma)")
 TF32 = re.compile(r"\.tf32|xf32")
-ATOMIC = re.compile(r"\b(?:ATOMG?|ATOMS|RED|REDG|UTMARED\w*|\w+_atomic_\w+)\b")
+ATOMIC = re.compile(r"\b(?:ATOMG?|REDG?|UTMARED\w*|(?:global|buffer|flat)_atomic_\w+)\b")
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", re.MULTILINE)
 _AMD = re.compile(r"^\s+((?:v|s|ds|buffer|global|flat|scratch|tensor)_\w+)", re.MULTILINE)
 _AMD_WIDTHS = {

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from llmkern.ceilings import dtype_name
 from llmkern.ops.dispatch import find
 from llmkern.ops.op import OPS, Make, Op, Sample, differentiable
 
@@ -162,36 +163,57 @@ def compile_op(name: str, dtype: str, op: str, once: bool = False) -> list[Compi
         once: only the first launch of each kernel function, its default, in place of every case.
     """
     results: dict[int, Compiled] = {}
+    with FakeTensorMode():
+        samples = list(cases(OPS[op], getattr(torch, dtype)))
+    for sample in samples:
+        compile_case(name, dtype, op, sample, results, lambda seen: once and seen)
+    return list(results.values())
+
+
+def compile_sample(
+    name: str, op: str, sample: Callable[[Make], Sample], dtype: torch.dtype, functions: Sequence[str]
+) -> list[Compiled]:
+    """The first launch of each of these kernel functions on one sample."""
+    results: dict[int, Compiled] = {}
+    with FakeTensorMode():
+        made = sample(Make(dtype))
+    compile_case(name, dtype_name(dtype), op, made, results, lambda seen: seen, functions)
+    return list(results.values())
+
+
+def compile_case(
+    name: str, dtype: str, op: str, sample: Sample, results: dict[int, Compiled],
+    enough: Callable[[bool], bool], functions: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Add the kernels of one sample to `results`, those in `functions` or all.
+
+    Args:
+        enough: whether a launch is left out, by whether its function has been seen.
+    """
 
     def seen(function: str) -> bool:
         return any(row.kernel == function for row in results.values())
 
-    with FakeTensorMode():
-        samples = list(cases(OPS[op], getattr(torch, dtype)))
-    for sample in samples:
-        sample = on_meta(OPS[op], sample)
+    def found(kernel: Any, function: str) -> None:
+        if id(kernel) not in results:  # Triton's cache keeps every kernel alive
+            first = not seen(function)
+            results[id(kernel)] = inspect(kernel, function, name, dtype, op, sample.label, first)
 
-        def found(kernel: Any, function: str, label: str = sample.label) -> None:
-            if id(kernel) not in results:  # Triton's cache keeps every kernel alive
-                first = not seen(function)
-                results[id(kernel)] = inspect(kernel, function, name, dtype, op, label, first)
+    def skip(function: str) -> bool:
+        return enough(seen(function)) or bool(functions and function not in functions)
 
-        def skip(function: str) -> bool:
-            return once and seen(function)
-
-        index = list(ALL_TARGETS).index(name)
-        for gluon in "01":  # with and without the kernels that only this GPU has
-            with (
-                mock.patch.dict(os.environ, LLMKERN_GLUON=gluon),
-                compiling(index, ALL_TARGETS[name], found, skip),
-                only_triton(OPS[op]),
-            ):
-                out = OPS[op].public(*sample.args, **sample.kwargs)
-                if OPS[op].gradients:
-                    (out[0] if isinstance(out, tuple) else out).sum().backward()
-            if name not in GLUON.get(op, ()):
-                break
-    return list(results.values())
+    index, on = list(ALL_TARGETS).index(name), on_meta(OPS[op], sample)
+    for gluon in "01":  # without and with the kernels that only this GPU has
+        with (
+            mock.patch.dict(os.environ, LLMKERN_GLUON=gluon),
+            compiling(index, ALL_TARGETS[name], found, skip),
+            only_triton(OPS[op]),
+        ):
+            out = OPS[op].public(*on.args, **on.kwargs)
+            if OPS[op].gradients:
+                (out[0] if isinstance(out, tuple) else out).sum().backward()
+        if name not in GLUON.get(op, ()):
+            break
 
 
 def inspect(kernel: Any, function: str, name: str, dtype: str, op: str, label: str, first: bool) -> Compiled:
