@@ -61,3 +61,23 @@ def targets(path: Path, verdicts: list, machine: dict) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{machine['device']}, {machine['threads']} threads, {machine['date']}")
     figure.savefig(path, dpi=130)
+
+
+def trainings(path: Path, trainers: dict, recipe: str, machine: dict) -> None:
+    """Save a PNG with the losses of `benchmarks.pretrain`, by step and by seconds."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    by_step, by_time = figure.subplots(1, 2, sharey=True)
+    for (name, found), color, width in zip(trainers.items(), ("#b9b9b9", SLOWER, CEILING), (5, 2.4, 1)):
+        losses = found["loss"]
+        by_step.plot(losses, color=color, linewidth=width, alpha=0.6)
+        steps, seconds, held_out = zip(*found["validations"])
+        label = f"{name}, held-out text"
+        by_step.plot(steps, held_out, "o-", color=color, linewidth=width, label=label)
+        by_time.plot(seconds, held_out, "o-", color=color, label=f"{label}: {found['seconds']:.0f} s")
+    by_step.set(xlabel="step", ylabel="loss (nats per token)")
+    by_time.set(xlabel="seconds of this trainer's own steps")
+    for axes in (by_step, by_time):
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{recipe}, {machine['device']}, {machine['threads']} threads, {machine['date']}")
+    figure.savefig(path, dpi=130)

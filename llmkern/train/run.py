@@ -9,7 +9,7 @@ that was not: the batches are functions of the step, and a checkpoint holds ever
 
 import platform
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -219,7 +219,12 @@ class Run:
         return self.trainer.step == self.config.steps <= last + ("val" not in self.data.splits)
 
     def train(self, logs: Sequence[Log] = ()) -> None:
-        """Train to the last step.
+        """Train to the last step; as `steps`, which is for who wants to do something in between."""
+        for _ in self.steps(logs):
+            pass
+
+    def steps(self, logs: Sequence[Log] = ()) -> Iterator[int]:
+        """Train to the last step, and yield the number of steps done after each.
 
         Args:
             logs: who hears of it, besides log.jsonl and TensorBoard as the config says.
@@ -246,6 +251,7 @@ class Run:
                     self.save()
                 if stopped:
                     raise Stopped(stopped, t.step)
+                yield t.step
             self.validate()
 
     def _step(self) -> None:
