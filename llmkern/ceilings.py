@@ -118,9 +118,14 @@ def _best(clock: Clock, call: Call, work: float, seconds: float) -> float:
 
 def _matmul(clock: Clock, device: str, dtype: torch.dtype, seconds: float) -> float:
     n = MATMUL[device]
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    a, b = (_noise(n * n, device).view(n, n).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return _best(clock, lambda: torch.mm(a, b, out=out), 2 * n**3, seconds)
+
+
+def _noise(n: int, device: str) -> torch.Tensor:
+    """(n,) random numbers; the generator that a training draws from is left alone."""
+    return torch.randn(n, device=device, generator=torch.Generator(device).manual_seed(0))
 
 
 def _registers(clock: Clock, module: ModuleType, dtype: torch.dtype, seconds: float) -> float:
@@ -136,7 +141,7 @@ def _registers(clock: Clock, module: ModuleType, dtype: torch.dtype, seconds: fl
 
 def _bandwidth(clock: Clock, device: str, module: ModuleType | None, footprint: int, seconds: float) -> Rates:
     n = footprint // 8  # float32 elements of one half
-    both = torch.randn(2 * n, device=device)
+    both = _noise(2 * n, device)
     source, target = both[:n], both[n:]
     times = max(1, FOOTPRINTS[-1] // footprint // 8)  # inside the kernel, so that its start does not count
     result = torch.zeros(2, dtype=torch.float64)

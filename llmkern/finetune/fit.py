@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..evaluate import Predictability, Scores
 from ..text.labelled import Examples
 from ..train import TrainConfig, Trainer
-from ..train.loop import IndexedBatches
+from ..train.loop import IndexedBatches, NotFinite
 
 
 class Epoch(NamedTuple):
@@ -53,12 +54,15 @@ def fit(
 
     Returns:
         The epochs.
+
+    Raises:
+        UserError: the loss is not finite.
     """
     trainer, epochs, best, since = Trainer(model, batches, config), [], {}, 0
     smallest = float("inf")
     while trainer.step < config.steps:
         start = time.perf_counter()
-        losses = [trainer.advance().loss for _ in range(epoch_steps)]
+        losses = [_advance(trainer) for _ in range(epoch_steps)]
         held_out = measure()
         since = 0 if held_out.loss < smallest else since + 1
         if since == 0:
@@ -74,6 +78,13 @@ def fit(
                 p.copy_(best[name])
     model.eval()
     return epochs
+
+
+def _advance(trainer: Trainer) -> float:
+    try:
+        return trainer.advance().loss
+    except NotFinite as error:
+        raise UserError(f"{error}; nothing was saved") from None
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:

@@ -58,6 +58,10 @@ class Options:
     def __post_init__(self) -> None:
         if not 0 <= self.val < 1:
             raise UserError(f"val is {self.val}, expected a share from 0 to below 1, such as 0.1")
+        if not 0 <= self.near_duplicates <= 1:
+            raise UserError(f"near-duplicates is {self.near_duplicates}, expected a similarity from 0 to 1")
+        if self.workers < 0:
+            raise UserError(f"workers is {self.workers}, expected 0 or more")
 
 
 class Seen(NamedTuple):

@@ -1,5 +1,6 @@
 """Documents from text, JSONL and Parquet files, one after another, whatever their number."""
 
+import codecs
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,14 @@ class Sources:
     field: str = "text"
     separator: str | None = None
     encoding: str = "utf-8"
+
+    def __post_init__(self) -> None:
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError:
+            raise UserError(
+                f"encoding is {self.encoding!r}, expected one that Python knows, such as utf-8 or latin-1"
+            ) from None
 
     def paths(self) -> list[str]:
         """Every file and built-in corpus, in order.

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import math
 
+import torch
 from rich.console import Console
 
 from .. import ceilings, display
@@ -71,9 +72,12 @@ def _plan(run: Run) -> str:
 def _train(run: Run, console: Console) -> int:
     c = run.config
     if run.finished():
-        console.print(f"{c.out} is finished; more steps go on from there, or choose another out")
+        console.print(
+            f"{c.out} is finished; more steps go on from there, or choose another out", soft_wrap=True
+        )
         return 0
-    (peak,) = ceilings.measure_flops(run.device, [c.torch_dtype], seconds=0.1).values()
+    dtype = torch.bfloat16 if c.dtype == "float16" else c.torch_dtype  # which torch's CPU products crawl in
+    (peak,) = ceilings.measure_flops(run.device, [dtype], seconds=0.1).values()
     flops = token_flops(run.model, c.block_size)
     try:
         with Live(console, c.steps, run.trainer.step, flops, max(peak.values())) as live:

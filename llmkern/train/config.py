@@ -24,7 +24,7 @@ class TrainConfig(Settings):
     schedule: str = key("cosine", "after the warm-up", SCHEDULES)
     decay_steps: int | None = key(None, "of schedule wsd, in which it falls; by default a fifth", least=0)
     weight_decay: float = key(0.1, "of matrices and embeddings", least=0)
-    betas: tuple[float, float] = key((0.9, 0.95), "of AdamW")
+    betas: tuple[float, float] = key((0.9, 0.95), "of AdamW", least=0, below=1)
     grad_clip: float = key(1.0, "greatest norm of all gradients together; 0 is no limit", least=0)
     accumulate: int = key(1, "batches whose gradients make one step", least=1)
     dtype: str = key("float32", "of matrix products, under autocast; parameters stay float32", DTYPES)
@@ -50,13 +50,13 @@ class RunConfig(TrainConfig):
     n_head: int | None = key(None, "attention heads", least=1)
     n_embd: int | None = key(None, "width", least=1)
     block_size: int | None = key(None, "tokens in a window", least=1)
-    dropout: float | None = key(None, "probability", least=0)
+    dropout: float | None = key(None, "probability", least=0, below=1)
     bias: bool | None = key(None, "whether linears and norms have biases; by default those of the preset")
     kernels: bool = key(True, "llmkern's kernels; false is PyTorch alone")
 
     batch_size: int = key(12, "windows in a batch", least=1)
     order: str = key("epochs", "each window once in an epoch, or windows anywhere at random", ORDERS)
-    mask_share: float = key(0.15, "of the places that objective masked predicts", least=0)
+    mask_share: float = key(0.15, "of the places that objective masked predicts", least=0, below=1)
     seed: int = key(1337, "of weights, data order and dropout", least=0)
     device: str = key("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
     parallel: str = key("", "mesh of processes that torchrun started, as dp=2,fsdp=2,tp=2,pp=1,cp=1")
@@ -75,6 +75,6 @@ class RunConfig(TrainConfig):
 
 # keys that leave the losses as they are, so that a run may go on with other values
 FREE = {
-    "steps", "out", "device", "verify_data", "eval_every", "eval_batches", "save_every", "keep",
+    "steps", "data", "out", "device", "verify_data", "eval_every", "eval_batches", "save_every", "keep",
     "log_every", "tensorboard", "plot", "activation_checkpointing", "parallel", "timeout",
 }  # fmt: skip

@@ -16,7 +16,9 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-def key(default: Any, help: str, choices: Iterable = (), least: float | None = None) -> Any:
+def key(
+    default: Any, help: str, choices: Iterable = (), least: float = -math.inf, below: float = math.inf
+) -> Any:
     """A field of a settings class.
 
     Args:
@@ -24,10 +26,10 @@ def key(default: Any, help: str, choices: Iterable = (), least: float | None = N
         help: one line for the user.
         choices: the values that are allowed, if not all.
         least: the smallest number that is allowed.
+        below: every number that is allowed is smaller.
     """
-    return dataclasses.field(
-        default=default, metadata={"help": help, "choices": tuple(choices), "least": least}
-    )
+    metadata = {"help": help, "choices": tuple(choices), "least": least, "below": below}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class Settings:
@@ -117,8 +119,11 @@ def _checked(f: dataclasses.Field, value: Any) -> Any:
         near = difflib.get_close_matches(str(result), map(str, about["choices"]), 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(f"{f.name} is {result!r}, expected one of {', '.join(about['choices'])}{hint}")
-    if about["least"] is not None and result < about["least"]:
-        raise UserError(f"{f.name} is {result}, expected at least {about['least']}")
+    for number in result if kind is tuple else (result,) if kind in (int, float) else ():
+        if number < about["least"]:
+            raise UserError(f"{f.name} is {result}, expected at least {about['least']}")
+        if number >= about["below"]:
+            raise UserError(f"{f.name} is {result}, expected less than {about['below']}")
     return result
 
 

@@ -146,7 +146,16 @@ class Run:
                 f"init {c.init!r} was trained with another tokenizer than data {c.data!r} has; prepare the "
                 f"data with --tokenizer {start.folder / checkpoint.TOKENIZER}"
             )
-        self.config = resolve(c, start.state["model"]["config"])
+        sizes = start.state["model"]["config"]
+        for name in SIZES:
+            given, own = getattr(c, name), sizes.get(name)
+            if given not in (None, own) and name != "dropout":
+                raise UserError(
+                    f"init {c.init!r} has {name} = {own}, and {name} is given as {given}; leave it out"
+                )
+        if "dropout" in sizes and c.dropout is not None:  # the weights do not depend on it
+            sizes["dropout"] = c.dropout
+        self.config = resolve(c, sizes)
         return start
 
     def _write(self, name: str, text: str) -> None:
