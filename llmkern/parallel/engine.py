@@ -14,68 +14,95 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import norm, savers, tensor
 from .mesh import Sizes
+from .pipeline import Pipeline
 from .spine import layers_of
 from .stage import Stage
-
-IGNORED = -100  # a target that does not count
+from .vocabulary import IGNORED
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, (rows, block)
 
 
 class Parallel:
-    """One of our models on a mesh.  All processes make it, from equal weights; it is called like the model.
+    """One of our models on a mesh.  All processes make it, from equal weights.
+
+    Called with (B, T) inputs and targets it gives (None, mean loss over the rows of all processes).
 
     Args:
         model: its parameters are replaced by this process's parts, in place.
         mesh: as `start` gives it.
         dtype: of matrix products; FSDP gathers weights in it.
         saver: how gradients of dp are sent: "none", "bf16" or "powersgd".
+        micro_batch: rows that go through a pipeline together.
 
     Attributes:
         model: what was given.
         sizes: of the mesh.
         data_rank, data_world: which part of the rows of each batch is this process's.
         packed: name -> heads of parameters in the order of `tensor.by_heads`.
+        copy: the head of a last stage that is also the embedding of the first; None elsewhere.
     """
 
     def __init__(
-        self, model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype = torch.float32, saver: str = "none"
+        self,
+        model: nn.Module,
+        mesh: DeviceMesh,
+        dtype: torch.dtype = torch.float32,
+        saver: str = "none",
+        micro_batch: int = 1,
     ) -> None:
-        self.model, self.mesh = model, mesh
+        self.model, self.mesh, self.micro_batch = model, mesh, micro_batch
         self.sizes = s = Sizes(**dict(zip(mesh.mesh_dim_names, mesh.shape)))
         coordinate = dict(zip(mesh.mesh_dim_names, mesh.get_coordinate()))
         self.data_rank, self.data_world = coordinate["dp"] * s.fsdp + coordinate["fsdp"], s.data
         self.averaged = mesh["dp", "fsdp", "cp"]._flatten("data").get_group()  # its members see other tokens
-        self.packed = tensor.packed(model) if s.tp > 1 else {}
         model.loss.reduction = "sum"  # processes may see other numbers of tokens
-        if s.tp * s.cp * s.pp > 1:
-            Stage(model, mesh, range(len(layers_of(model))))
+        low = None if dtype == torch.float32 else dtype
+        self._divide(low)
+        self.packed = tensor.packed(model) if s.tp > 1 else {}
         if s.fsdp == s.tp == s.pp == 1:
             self.module: nn.Module = DistributedDataParallel(model, process_group=self.averaged)
             savers.register(self.module, saver, self.averaged)
         else:
             self.module = model
             if s.data * s.cp > 1:
-                self._shard(dtype)
+                self._shard(low)
 
-    def _shard(self, dtype: torch.dtype) -> None:
+    def _divide(self, low: torch.dtype | None) -> None:
+        """Layers to stages, heads and columns to processes of tp, sequences to those of cp."""
+        s, model = self.sizes, self.model
+        first_of = {p: name for name, p in model.named_parameters()}
+        self.names = {name: first_of[p] for name, p in model.named_parameters(remove_duplicate=False)}
+        self.pipeline, self.copy = None, None
+        if s.tp * s.cp * s.pp == 1:
+            return
+        count, first, last = len(layers_of(model)), True, True
+        mine = range(count)
+        if s.pp > 1:
+            width = model.lm_head.in_features
+            between = low if low and s.data * s.cp > 1 else torch.float32
+            self.pipeline = Pipeline(model, self.mesh, width, between)
+            mine, first, last = self.pipeline.layers(count), self.pipeline.first, self.pipeline.last
+        Stage(model, self.mesh, mine, first, last)
+        if last and not first and self.names["lm_head.weight"] != "lm_head.weight":
+            self.copy = model.lm_head.weight
+
+    def _shard(self, low: torch.dtype | None) -> None:
         """FSDP2: each layer is gathered by itself, and what is outside of layers with the model."""
         # a kernel's output may be a view of its memory; nothing here writes into one
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-        low = None if dtype == torch.float32 else dtype
         shard = self.mesh["fsdp", "cp"]._flatten("shard")  # processes of cp see other tokens, too
         options: dict[str, Any] = {"mesh": self.mesh["dp", "shard"] if self.sizes.dp > 1 else shard}
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+        options["reshard_after_forward"] = self.pipeline is None  # between micro-batches all stays gathered
         for layer in layers_of(self.model):
             fully_shard(layer, **options)
         fully_shard(self.model, **options)
+        if self.copy is not None:
+            self.copy = self.model.lm_head.weight
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor]:
-        """(None, mean loss of the rows of all processes); its gradient is not that of all."""
-        loss = self.module(inputs, targets)[1].detach()
-        both = torch.stack((loss.double(), (targets != IGNORED).sum() / self.sizes.cp))
-        dist.all_reduce(both, group=self.averaged)
-        return None, both[0] / both[1]
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Those of this process, by the names that they have in the undivided model."""
+        return {self.names[name]: p for name, p in self.model.named_parameters()}
 
     @property
     def training(self) -> bool:
@@ -87,40 +114,66 @@ class Parallel:
     def eval(self) -> None:
         self.module.eval()
 
-    def backward(
-        self, batches: Sequence[Batch], loss_of: Callable[..., Tensor], scale: Callable[[Tensor], Tensor]
-    ) -> float:
+    def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[None, Tensor]:
+        if self.pipeline is None:
+            loss = self.module(inputs, targets)[1]
+        else:
+            loss = self.pipeline.evaluate(inputs, targets, self._micro_batches(inputs))
+        both = torch.stack((loss.detach().double(), (targets != IGNORED).sum() / self.sizes.cp))
+        dist.all_reduce(both, group=self.averaged)
+        return None, both[0] / both[1]
+
+    def backward(self, batches: Sequence[Batch], loss_of: Callable[..., Tensor]) -> float:
         """Gradients of the mean loss over all batches and all processes.
 
         Args:
             batches: of this process, one for each accumulation.
             loss_of: (module, inputs, targets) to the sum of the losses of this process.
-            scale: of a gradient scaler.
 
         Returns:
             That loss, the same on all processes.
         """
         shares = self.shares([targets for _, targets in batches])
-        total = torch.zeros(())
-        for n, (inputs, targets) in enumerate(batches):
-            with self._reduced_at(n == len(batches) - 1):
-                loss = loss_of(self.module, inputs, targets) * shares[n]
-                scale(loss).backward()
-            total += loss.detach().float().cpu()
+        if self.pipeline is None:
+            loss = sum(self._backward_of(n, batches, loss_of, shares[n]) for n in range(len(batches)))
+        else:
+            loss = loss_of(
+                lambda *joined: (None, self._pipelined(*joined, shares)), *map(torch.cat, zip(*batches))
+            )
+            self.pipeline.sum_ends(self._tied())
         if self.sizes.tp > 1:
             tensor.sum_replicated(self.model, self.mesh["tp"])
-        return self.mean(total.item())
+        return self.mean(float(loss))
 
-    def _reduced_at(self, last: bool) -> Any:
-        """Gradients are exchanged in the backward of the last batch alone."""
+    def _backward_of(
+        self, n: int, batches: Sequence[Batch], loss_of: Callable[..., Tensor], share: float
+    ) -> Tensor:
+        """Backward of one batch; gradients are exchanged in that of the last alone."""
+        last, context = n == len(batches) - 1, nullcontext()
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_gradient_sync(last)
         elif isinstance(self.module, DistributedDataParallel) and not last:
-            return self.module.no_sync()
-        return nullcontext()
+            context = self.module.no_sync()
+        with context:
+            loss = loss_of(self.module, *batches[n]) * share
+            loss.backward()
+        return loss.detach()
+
+    def _pipelined(self, inputs: Tensor, targets: Tensor, shares: list[float]) -> Tensor:
+        micro_batches = self._micro_batches(inputs)
+        factors = torch.tensor(shares, device=targets.device).repeat_interleave(micro_batches // len(shares))
+        return self.pipeline.train(inputs, targets, factors)
+
+    def _micro_batches(self, inputs: Tensor) -> int:
+        return len(inputs) // self.micro_batch
+
+    def _tied(self) -> nn.Parameter | None:
+        """The embedding, on the first and last stage, if it is the head too."""
+        tied = self.names["lm_head.weight"]
+        return self.parameters().get(tied) if tied != "lm_head.weight" else None
 
     def shares(self, targets: Sequence[Tensor]) -> list[float]:
-        """Factors of the summed losses of this process's batches, so that the mean over processes is of all.
+        """Factors of the summed losses of this process's batches, whose mean over processes is of all.
 
         Rows and ignored targets may be other in number on each process.
         """
@@ -139,4 +192,4 @@ class Parallel:
     def clip_grad_norm_(self, max_norm: float) -> float:
         """Scale gradients so that the norm of all together is at most `max_norm`; returns it as it was."""
         ranks = self.mesh.size() // self.sizes.pp
-        return norm.clip_grad_norm_(self.model.parameters(), max_norm, ranks).item()
+        return norm.clip_grad_norm_(self.model.parameters(), max_norm, ranks, self.copy).item()

@@ -22,7 +22,9 @@ def shards(t: Tensor) -> int:
 
 
 @torch.no_grad()
-def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, ranks: int) -> Tensor:
+def clip_grad_norm_(
+    parameters: Iterable[Tensor], max_norm: float, ranks: int, copy: Tensor | None = None
+) -> Tensor:
     """As `torch.nn.utils.clip_grad_norm_`, for parameters on any meshes; called by all processes.
 
     Every process adds the squares of its parts, divided by the number of processes that hold the same.
@@ -31,12 +33,14 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, ranks: int) -
         parameters: of this process; a stage of a pipeline has its own.
         max_norm: gradients are scaled so that their norm is at most this.
         ranks: processes among which each parameter is divided or copied: those of one stage.
+        copy: one of the parameters, which another stage has and counts.
 
     Returns:
         The norm before, float64; the same on all processes.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    parts = [local(g).float().square().sum().double() * (shards(g) / ranks) for g in grads]
+    found = [(p.grad, p is not copy) for p in parameters if p.grad is not None]
+    grads = [g for g, _ in found]
+    parts = [local(g).float().square().sum().double() * (shards(g) / ranks) for g, counts in found if counts]
     total = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
     dist.all_reduce(total)
     norm = total.sqrt()

@@ -1,5 +1,7 @@
 """What a process computes of a decoder: some of its layers, embeddings before or the loss behind them."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -13,7 +15,8 @@ class Stage:
     """Takes the place of `forward` of one of our decoders, whose parameters it divides.
 
     Called with (B, T) ids, whole sequences, or the x of the stage before, and (B, T) targets; gives x, or on
-    the last stage (None, sum of the losses) of this process's tokens, as a model gives (logits, loss).
+    the last stage the sum of the losses of this process's tokens, (1,).  A stage that is first and last gives
+    (None, sum), as a model gives (logits, loss).
 
     Args:
         model: all of it; what other stages do is removed.
@@ -49,12 +52,15 @@ class Stage:
             del s.parts[s.norm], self.model.lm_head
         self.layers = s.parts[s.layers]
 
-    def _run(self, x: Tensor, targets: Tensor) -> Tensor | tuple[None, Tensor]:
+    def _run(self, x: Tensor, targets: Tensor) -> Any:
         positions = ring.positions(targets.shape[1], self.cp).to(targets.device)  # (T / cp,)
         x = self._embed(x[:, positions], positions) if self.first else x
         for layer in self.layers:
             x = self.spine.step(layer, x, positions)
-        return (None, self._loss(x, targets[:, positions])) if self.last else x
+        if not self.last:
+            return x
+        loss = self._loss(x, targets[:, positions])
+        return (None, loss) if self.first else loss[None]
 
     def _embed(self, idx: Tensor, positions: Tensor) -> Tensor:
         s = self.spine

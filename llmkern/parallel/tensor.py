@@ -45,6 +45,14 @@ def by_kinds(rows: Tensor, heads: int) -> Tensor:
     return rows.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
 
 
+def part_of(t: Tensor, p: Tensor, heads: int | None = None) -> Tensor:
+    """This process's part of a whole tensor, divided as `p` is; rows come in the order of `heads` first."""
+    t = (by_heads(t, heads) if heads else t).to(p.device)
+    if not isinstance(p, DTensor):
+        return t
+    return distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None)
+
+
 def divide(model: nn.Module, spine: Spine, mesh: DeviceMesh) -> list[View]:
     """Divide the parameters of a decoder in place, and have its layers run on this process's parts.
 

@@ -7,6 +7,8 @@
         tokenizer.json
         manifest.json           size and sha256 of each
 
+Of a run by many processes, shards stand in the place of the first two (`sharded.py`).
+
 There is no pickle in it.  A checkpoint with a byte too few, too many or changed is found and passed over.
 """
 
@@ -25,6 +27,7 @@ from ..durable import Damaged
 from ..errors import UserError
 from ..models.build import build, describe
 from ..text.tokenizer import Tokenizer, load_tokenizer
+from . import sharded
 from .tensors import fill_module, module_tensors, optimizer_state, read_safetensors, safetensors_pieces
 
 FOLDER = "checkpoints"
@@ -55,11 +58,20 @@ class Checkpoint:
 
     def model_tensors(self) -> dict[str, Tensor]:
         """Name -> weight, on the CPU."""
-        return read_safetensors(self.folder / MODEL)
+        if (self.folder / MODEL).exists():
+            return read_safetensors(self.folder / MODEL)
+        return sharded.read(self.folder, lambda key: "/" not in key, self.packed)
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """ "parameter/field" -> tensor, on the CPU."""
-        return read_safetensors(self.folder / OPTIMIZER)
+        if (self.folder / OPTIMIZER).exists():
+            return read_safetensors(self.folder / OPTIMIZER)
+        return sharded.read(self.folder, lambda key: "/" in key, self.packed)
+
+    @property
+    def packed(self) -> dict[str, int]:
+        """Parameters whose rows are in another order, as `llmkern.parallel` has them."""
+        return self.state.get("packed", {})
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the model was trained with."""
@@ -103,27 +115,30 @@ def save(
     Raises:
         UserError: the disk is full or not writable; all earlier checkpoints are as they were.
     """
-    tensors, groups = optimizer_state(optimizer, model) if optimizer else ({}, [])
-    parts = {MODEL: module_tensors(model), OPTIMIZER: tensors}
+    tensors, groups = optimizer_state(optimizer, dict(model.named_parameters())) if optimizer else ({}, [])
     fields = {**(state or {}), "model": describe(model), "optimizer": groups}
-    return write(run, step, parts, tokenizer, fields, keep)
+
+    def fill(folder: durable.NewFolder) -> None:
+        folder.write(MODEL, safetensors_pieces(module_tensors(model)))
+        folder.write(OPTIMIZER, safetensors_pieces(tensors))
+
+    return write(run, step, fill, tokenizer, fields, keep)
 
 
 def write(
     run: Path,
     step: int,
-    tensors: dict[str, dict[str, Tensor]],
+    fill: Callable[[durable.NewFolder], None],
     tokenizer: Tokenizer,
     state: dict[str, Any],
     keep: int = 2,
 ) -> Path:
-    """The same from whole tensors by file name, and a state that describes model and optimizer."""
+    """The same, where `fill` writes the tensors, and `state` describes model and optimizer."""
     fields = {**state, "format": FORMAT, "step": step, "tokenizer_sha256": tokenizer.sha256()}
-    path = run / FOLDER / f"step-{step:08d}"
+    path = path_of(run, step)
     try:
         with durable.NewFolder(path) as folder:
-            for name, many in tensors.items():
-                folder.write(name, safetensors_pieces(many))
+            fill(folder)
             folder.write(TOKENIZER, [tokenizer.to_json().encode()])
             folder.write(STATE, [json.dumps(fields, indent=1).encode()])
         prune(path, keep)
@@ -133,6 +148,11 @@ def write(
             f"{_last_good(run)}; make room and start the same command again"
         ) from None
     return path
+
+
+def path_of(run: Path, step: int) -> Path:
+    """The folder of the checkpoint after `step` steps."""
+    return run / FOLDER / f"step-{step:08d}"
 
 
 def _last_good(run: Path) -> str:

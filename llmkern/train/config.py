@@ -61,6 +61,7 @@ class RunConfig(TrainConfig):
     device: str = key("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
     parallel: str = key("", "mesh of processes that torchrun started, as dp=2,fsdp=2,tp=2,pp=1,cp=1")
     saver: str = key("none", "how dp sends gradients: whole, in bfloat16, or of low rank", SAVERS)
+    micro_batch: int = key(1, "windows that go through the stages of pp together", least=1)
     timeout: float = key(600.0, "seconds after which an exchange between processes is given up", least=1)
     verify_data: bool = key(True, "compare every byte of the data with its checksum at the start")
 
@@ -77,4 +78,5 @@ class RunConfig(TrainConfig):
 FREE = {
     "steps", "data", "out", "device", "verify_data", "eval_every", "eval_batches", "save_every", "keep",
     "log_every", "tensorboard", "plot", "activation_checkpointing", "parallel", "timeout",
+    "micro_batch",
 }  # fmt: skip

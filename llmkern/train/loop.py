@@ -120,7 +120,7 @@ class Trainer:
         if self.parallel is not None:
             batches = [self.batches[i] for i in self.batch_numbers(self.step)]
             loss_of = partial(compute_loss, dtype=self.config.torch_dtype)
-            loss = self.parallel.backward(batches, loss_of, self.scaler.scale)
+            loss = self.parallel.backward(batches, loss_of)
             return loss, self.parallel.data_world * sum(inputs.numel() for inputs, _ in batches)
         total, tokens, share = None, 0, 1 / self.config.accumulate
         for i in self.batch_numbers(self.step):

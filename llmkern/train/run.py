@@ -201,11 +201,12 @@ class Run:
         return found
 
     def _resume(self, found: checkpoint.Checkpoint) -> None:
-        state = found.state
-        tensors, groups = found.optimizer_tensors(), state["optimizer"]
-        if self.team is not None:
-            tensors, groups = self.team.divide_optimizer(self.model, tensors, groups)
-        fill_optimizer(self.trainer.optimizer, self.model, tensors, groups)
+        state, optimizer = found.state, self.trainer.optimizer
+        if self.team is None:
+            parameters = dict(self.model.named_parameters())
+            fill_optimizer(optimizer, parameters, found.optimizer_tensors(), state["optimizer"])
+        else:
+            self.team.fill_optimizer(optimizer, found)
         self.trainer.scaler.load_state_dict(state["scaler"])
         self.trainer.step = found.step
         self._set_rng(state["rng"], found.step)
@@ -309,11 +310,7 @@ class Run:
             return checkpoint.save(
                 self.path, t.step, self.model, self.tokenizer, t.optimizer, state, self.config.keep
             )
-        tensors, fields = self.team.gather(self.model, t.optimizer)
-        if self.leads:
-            checkpoint.write(self.path, t.step, tensors, self.tokenizer, state | fields, self.config.keep)
-        self.team.wait()
-        return self.path / checkpoint.FOLDER / f"step-{t.step:08d}"
+        return self.team.save(self.path, t.step, t.optimizer, self.tokenizer, state, self.config.keep)
 
 
 def pick_device(name: str) -> str:

@@ -3,16 +3,20 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..durable import NewFolder
 from ..errors import UserError
 from ..models.build import describe
 from ..parallel.mesh import Sizes, launched, shape_of, start
-from .checkpoint import MODEL, OPTIMIZER
+from ..text.tokenizer import Tokenizer
+from . import checkpoint, sharded
 from .config import RunConfig
+from .tensors import fill_optimizer, optimizer_state
 
 if TYPE_CHECKING:
     from ..parallel import Parallel
@@ -39,8 +43,12 @@ class Team:
             if config.dtype == "float16":
                 raise UserError("parallel takes no dtype float16, expected bfloat16 or float32")
             s = self.sizes
-            if s.pp > 1:
-                raise UserError(f"parallel {s}: pp is not implemented, expected dp, fsdp, tp or cp")
+            windows = config.batch_size // s.data
+            if s.pp > 1 and windows % config.micro_batch:
+                raise UserError(
+                    f"micro_batch is {config.micro_batch}, which does not divide the {windows} windows that "
+                    "a process takes of a batch"
+                )
             if config.saver != "none" and s.world != s.dp:
                 raise UserError(f"saver is {config.saver} and parallel {s}: expected dp alone, or saver none")
             if config.nonfinite == "skip" and config.saver == "powersgd":
@@ -61,7 +69,7 @@ class Team:
         """Join the others, and place a model on the mesh; all have read the checkpoint of the same step."""
         from ..parallel import Parallel
 
-        self.description = describe(model)
+        self.description, self.order = describe(model), [name for name, _ in model.named_parameters()]
         with self._one_voice():
             self.sizes.check(self.world, config.batch_size, config.block_size, shape_of(model.config))
         mesh = start(self.sizes, device, config.timeout)
@@ -72,30 +80,64 @@ class Team:
                 "folder that all nodes share"
             )
         with self._one_voice():
-            self.parallel = parallel = Parallel(model, mesh, config.torch_dtype, config.saver)
+            self.parallel = parallel = Parallel(
+                model, mesh, config.torch_dtype, config.saver, config.micro_batch
+            )
         self.part = parallel.data_rank, parallel.data_world
         torch.manual_seed(config.seed + self.rank)  # each drops other elements
         return parallel
 
-    def gather(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Whole tensors by file of a checkpoint, on the first process, and the fields that describe them."""
-        from ..parallel import whole
+    def save(
+        self, run: Path, step: int, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer,
+        state: dict[str, Any], keep: int,
+    ) -> Path:  # fmt: skip
+        """Write a checkpoint together: each process its parts, the first all else, and the name last."""
+        parameters = self.parallel.parameters()
+        moments, groups = optimizer_state(optimizer, parameters)
+        tensors = {name: p.detach() for name, p in parameters.items()} | moments
+        if self.parallel.copy is not None:  # the first stage has the same
+            copy = self.parallel.names["lm_head.weight"]
+            tensors = {key: t for key, t in tensors.items() if key.split("/")[0] != copy}
+        packed = {name: heads for each in self.collect(self.parallel.packed) for name, heads in each.items()}
+        every = self.collect(groups)
+        path = checkpoint.path_of(run, step)
 
-        weights = dict(model.named_parameters())
-        tensors, groups = whole.optimizer_tensors(optimizer, model)
-        packed = self.parallel.packed
-        files = {MODEL: whole.gather(weights, packed), OPTIMIZER: whole.gather(tensors, packed)}
-        return files, {"model": self.description, "optimizer": groups}
+        def fill(folder: NewFolder) -> None:
+            self.wait()  # the folder is there
+            for files in self.collect(sharded.write(folder.part, tensors, self.rank)):
+                folder.files |= files
+            if lost := [name for name in folder.files if not (folder.part / name).exists()]:
+                raise UserError(
+                    f"out {str(run)!r} has no {lost[0]}; it must be a folder that all nodes share"
+                )
 
-    def divide_optimizer(
-        self, model: nn.Module, tensors: dict[str, Tensor], groups: list[dict[str, Any]]
-    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """This process's part of what `gather` gave."""
-        from ..parallel import whole
+        if self.rank == 0:
+            fields = {"model": self.description, "optimizer": self._join(every), "packed": packed}
+            checkpoint.write(run, step, fill, tokenizer, state | fields, keep)
+        else:
+            fill(NewFolder(path))
+        self.wait()
+        return path
 
-        return whole.fill(model, tensors, self.parallel.packed), groups
+    def _join(self, every: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """The groups of all stages as one, in the order of the undivided model."""
+        joined = []
+        for parts in zip(*every):
+            names = {name for part in parts for name in part["params"]}
+            joined.append({**parts[0], "params": [name for name in self.order if name in names]})
+        return joined
+
+    def fill_optimizer(self, optimizer: torch.optim.Optimizer, found: checkpoint.Checkpoint) -> None:
+        """This process's part of the optimizer of a checkpoint, whoever wrote it."""
+        parameters = self.parallel.parameters()
+        _, now = optimizer_state(optimizer, parameters)
+        saved = found.state["optimizer"]
+        groups = [
+            {**group, "params": [name for name in mine["params"] if name in group["params"]]}
+            for mine, group in zip(now, saved)
+        ]
+        tensors = sharded.read_parts(found.folder, self.parallel, found.packed)
+        fill_optimizer(optimizer, parameters, tensors, groups)
 
     def agree(self, number: int) -> int:
         """The largest number that any process gives."""

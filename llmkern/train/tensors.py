@@ -98,10 +98,10 @@ def fill_module(module: nn.Module, tensors: dict[str, Tensor], source: str) -> N
 
 
 def optimizer_state(
-    optimizer: torch.optim.Optimizer, module: nn.Module
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], list[dict]]:
     """The state as "parameter/field" -> tensor, and the groups as plain values with names of parameters."""
-    names = {p: name for name, p in module.named_parameters()}
+    names = {p: name for name, p in parameters.items()}
     tensors = {
         f"{names[p]}/{field}": value
         for group in optimizer.param_groups
@@ -113,14 +113,17 @@ def optimizer_state(
 
 
 def fill_optimizer(
-    optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor], groups: list[dict]
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, nn.Parameter],
+    tensors: dict[str, Tensor],
+    groups: list[dict],
 ) -> None:
-    """Give an optimizer over the parameters of `module` the state that `optimizer_state` took.
+    """Give an optimizer over these parameters the state that `optimizer_state` took.
 
     Raises:
         UserError: the groups hold other parameters.
     """
-    _, now = optimizer_state(optimizer, module)
+    _, now = optimizer_state(optimizer, parameters)
     if [group["params"] for group in now] != [group["params"] for group in groups]:
         raise UserError(
             "the checkpoint's optimizer has other parameters; resume with the model it was made of"

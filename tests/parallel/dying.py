@@ -1,6 +1,7 @@
 """`llmkern train` in which one process of the first start is killed: dying.py RANK MOMENT CALL train ...
 
-MOMENT is "step" (before it), "gather" (in the exchange of a checkpoint) or "write" (amid its files).
+MOMENT is "step" (before it), "part" (before its part of a checkpoint is written) or "name" (before a
+checkpoint gets its name, which is when it begins to exist).
 """
 
 import os
@@ -9,7 +10,7 @@ import sys
 
 from llmkern import durable
 from llmkern.cli import main
-from llmkern.parallel import whole
+from llmkern.train import sharded
 from llmkern.train.loop import Trainer
 
 
@@ -30,7 +31,7 @@ def die_in(owner, name: str, rank: int, call: int) -> None:
 
 if __name__ == "__main__":
     rank, moment, call = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    owner, name = {"step": (Trainer, "advance"), "gather": (whole, "gather"), "write": (durable, "sync")}[
+    owner, name = {"step": (Trainer, "advance"), "part": (sharded, "write"), "name": (durable, "rename")}[
         moment
     ]
     die_in(owner, name, rank, call)

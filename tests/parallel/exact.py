@@ -62,7 +62,8 @@ def train(model, keys: dict, parallel: Parallel | None = None) -> Course:
     settings = config(**keys)
     optimizer = adamw(model, settings, torch.optim.AdamW)
     trainer, gradients = Trainer(model, rows, settings, optimizer, parallel), []
-    names = {p: name for name, p in model.named_parameters()}
+    named = parallel.parameters() if parallel else dict(model.named_parameters())
+    names = {p: name for name, p in named.items()}
 
     def remember(*_) -> None:
         if trainer.step % 5 in (0, 4):

@@ -17,14 +17,14 @@ def train(data: Path, out: Path, *keys: str) -> list[str]:
     return ["train", "--data", str(data), "--out", str(out), *SIZES.split(), *TIMES.split(), *keys]
 
 
-def torchrun(processes: int, program: list[str], *options: str, timeout: float = 120) -> tuple[int, str]:
+def torchrun(processes: int, program: list[str], *options: str, timeout: float = 400) -> tuple[int, str]:
     """(exit code, all output)."""
     command = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     return run([*command, *options, *program], timeout)
 
 
 def single(arguments: list[str]) -> tuple[int, str]:
-    return run(["-m", "llmkern", *arguments], 60)
+    return run(["-m", "llmkern", *arguments], 200)
 
 
 def run(arguments: list[str], timeout: float) -> tuple[int, str]:
@@ -36,6 +36,10 @@ def run(arguments: list[str], timeout: float) -> tuple[int, str]:
     try:
         said = process.communicate(timeout=timeout)[0]
         return process.returncode, said
+    except subprocess.TimeoutExpired as error:
+        for worker in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            os.kill(int(worker), signal.SIGKILL)  # torchrun gives each a session of its own
+        raise AssertionError(f"not done after {timeout} s: {(error.stdout or b'').decode()}") from None
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -38,8 +38,13 @@ TWO = {
     "TP, Llama, accumulated, recomputed": (Sizes(tp=2), llama, SAVING),
     "CP": (Sizes(cp=2), gpt, {}),
     "CP, Llama, accumulated": (Sizes(cp=2), llama, ACCUMULATED),
+    "PP": (Sizes(pp=2), gpt, {}),
+    "PP, Llama, accumulated, recomputed": (Sizes(pp=2), llama, SAVING),
 }
 FOUR = {
+    "FSDP and PP": (Sizes(fsdp=2, pp=2), gpt, {}),
+    "TP and PP, accumulated": (Sizes(tp=2, pp=2), tied, ACCUMULATED),
+    "CP and PP": (Sizes(cp=2, pp=2), gpt, SHORT),
     "DDP": (Sizes(dp=4), gpt, {}),
     "FSDP": (Sizes(fsdp=4), tied, {}),
     "FSDP, replicated": (Sizes(dp=2, fsdp=2), gpt, {}),

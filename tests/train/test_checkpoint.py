@@ -49,7 +49,7 @@ def test_a_checkpoint_comes_back_whole(tmp_path):
     assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
     assert again.lm_head.weight is again.transformer.wte.weight
     other = AdamW(again.parameters(), 1.0, max_norm=1.0)
-    fill_optimizer(other, again, found.optimizer_tensors(), found.state["optimizer"])
+    fill_optimizer(other, dict(again.named_parameters()), found.optimizer_tensors(), found.state["optimizer"])
     before, after = optimizer.state_dict(), other.state_dict()
     assert before["param_groups"] == after["param_groups"]
     assert before["state"].keys() == after["state"].keys()
