@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if problems or not args.failed:
                 print(line(row, problems), flush=True)
         rows += group
-    if args.write:
-        aot_table.save(rows)
+        if args.write:
+            aot_table.save(group)
     print(f"{len(rows)} kernels compiled for {', '.join(targets)}: {failed} with a problem")
     return int(failed > 0)
 

@@ -28,8 +28,17 @@ def output(script: str) -> str:
 
 
 def test_each_kernel_once():
+    """On the GPU that most kernels are shaped for; `make prove` has the others."""
     same = {"rms_norm", "linear", "rope_inplace", "log_softmax"}  # as layer_norm, ffn, rope and softmax
-    compile_kernels(*(name for name in OPS if name not in same), "--once", "--dtype", "bfloat16", "float32")
+    ops = [name for name in OPS if name not in same]
+    compile_kernels(*ops, "--once", "--dtype", "bfloat16", "--target", "sm_90")
+
+
+@pytest.mark.parametrize(
+    "target, dtype, ops", [("gfx942", "bfloat16", ["linear"]), ("sm_80", "float32", ["attention", "linear"])]
+)
+def test_other_gpus(target, dtype, ops):
+    compile_kernels(*ops, "--once", "--dtype", dtype, "--target", target)
 
 
 @pytest.mark.slow
