@@ -8,7 +8,7 @@
 
 namespace llmkern::decode {
 
-constexpr int kChunk = 256;  // positions of a task, from one row of scores to the next
+constexpr int kChunk = 128;  // positions of a task, from one row of scores to the next
 constexpr int kAhead = 64;   // most positions that are asked for ahead of time
 constexpr int kAheadBytes = 4096;
 
@@ -64,9 +64,12 @@ template <int R, class C>
 void dots(const float* q, int64_t width, int64_t dim, C* const* keys, int n, float scale, float* scores,
           int ahead) {
   using U = Units<C>;
-  constexpr int K = W / R, step = W * U::depth;  // K keys at once: W sums, added up as a tree
+  // K keys at once: W sums, added up as a tree; three queries leave a quarter of it empty
+  constexpr int K = W / (R == 3 ? 4 : R), step = W * U::depth;
   for (int j = 0; j < n; j += K, keys += K) {
     Vec sums[W];
+#pragma GCC unroll 4
+    for (int t = R * K; t < W; ++t) sums[t] = Vec{};
 #pragma GCC unroll 16
     for (int t = 0; t < K; ++t) {  // one row after the other: the order in which memory is foreseen
       if (ahead) ask(keys[t + ahead], dim * sizeof(C));

@@ -165,13 +165,14 @@ void append(const Problem& p, int64_t b, int64_t h, int64_t first, int n, float*
   }
 }
 
-// Calls body(row, R{}) for tiles of 4, 2 and 1 rows.
+// Calls body(row, R{}) for tiles of 4 rows, and one of what is left.
 template <class Body>
 void row_tiles(int rows, const Body& body) {
   int r = 0;
   for (; r + 4 <= rows; r += 4) body(r, std::integral_constant<int, 4>{});
-  if (r + 2 <= rows) body(r, std::integral_constant<int, 2>{}), r += 2;
-  if (r < rows) body(r, std::integral_constant<int, 1>{});
+  if (r + 3 == rows) body(r, std::integral_constant<int, 3>{});
+  if (r + 2 == rows) body(r, std::integral_constant<int, 2>{});
+  if (r + 1 == rows) body(r, std::integral_constant<int, 1>{});
 }
 
 // What one chunk gives for one query: max and sum of the exponentials, and Σ p v.
