@@ -32,8 +32,8 @@ struct Linear {
   Vector bias;
 
   Linear() = default;
-  explicit Linear(const Tensor* t) : bias(as_vector(t[3])) {
-    if (t[0]) weight = make_gemv(t[0], t[1], t[2]);
+  Linear(const Tensor* t, Arena& arena) : bias(as_vector(t[3])) {
+    if (t[0]) weight = make_gemv(t[0], t[1], t[2], arena);
   }
   explicit operator bool() const { return weight != nullptr; }
   int64_t rows() const { return weight->rows; }
@@ -98,6 +98,7 @@ struct Decoder {
   std::string activation;
   OptionalInt left;  // positions that a query sees before its own
   Tensor embedding, positions, cos, sin;
+  Arena codes;
   std::vector<Layer> layers;
   Norm last;
   Linear head;
@@ -138,6 +139,11 @@ struct Decoder::Shared {
 };
 
 int width_of(int64_t tile, int64_t rows) { return static_cast<int>(std::min<int64_t>(W, rows - tile * W)); }
+
+// Before a wait: asks for the beginning of this thread's part of what comes behind it.
+void ask(const Team& team, const Linear& l) {
+  if (l) l.weight->ask(team.share(l.weight->tiles()).begin);
+}
 
 // put(m, col, values, n) with this thread's part of l(x).
 template <class Put>
@@ -182,6 +188,7 @@ void Decoder::mlp(const Team& team, const Layer& layer, Shared& s, Activations& 
       store(s.h + m * s.hidden + tile * W, layer.gate ? A::value(gate[m]) * up[m] : A::value(up[m]),
             width_of(tile, s.hidden));
   }
+  ask(team, layer.down);
   team.barrier();
   read(s.h, s.hidden, wide);
 }
@@ -215,6 +222,7 @@ void Decoder::run(const Tensor& tokens, const Tensor& lengths, const Caches& cac
       float* to = s.x + m * width() + col;
       store(to, load(to, n) + y, n);
     };
+    ask(team, layers[0].q);
     embed(team, tokens, lengths, s.x);
     team.barrier();
     for (size_t i = 0; i < layers.size(); ++i) {
@@ -225,6 +233,7 @@ void Decoder::run(const Tensor& tokens, const Tensor& lengths, const Caches& cac
         product(team, *l, in, [&](int64_t m, int64_t col, Vec y, int n) { store(s.qkv + m * s.qkv_width + first + col, y, n); });
         first += l->rows();
       }
+      ask(team, layer.out);
       team.barrier();
       if (!layer.q_norm.weight.empty()) {
         const Range part = team.share(rows * (heads + kv_heads));
@@ -242,10 +251,12 @@ void Decoder::run(const Tensor& tokens, const Tensor& lengths, const Caches& cac
       team.barrier();
       read(s.attended, q_width, attended_in);
       product(team, layer.out, attended_in, add_to_x);
+      ask(team, layer.up), ask(team, layer.gate);
       team.barrier();
       normed(layer.before_mlp);
       with_activation(activation, [&](auto a) { mlp<decltype(a)>(team, layer, s, in, wide); });
       product(team, layer.down, wide, add_to_x);
+      ask(team, i + 1 < layers.size() ? layers[i + 1].q : head);
       team.barrier();
     }
     normed(last);
@@ -314,13 +325,14 @@ void decoder_make(Tensor handle, Tensor embedding, Tensor positions, Tensor cos,
   const auto norm = [&](const Tensor* t) {
     return Norm{as_vector(t[0]), as_vector(t[1]), centered, static_cast<float>(eps)};
   };
+  const auto linear = [&](const Tensor* t) { return Linear(t, d->codes); };
   for (size_t i = 0; i < layers.size(); i += kLayerTensors) {
     const Tensor *t = layers.data() + i, *l = t + 8;
-    d->layers.push_back({norm(t), norm(t + 2), norm(t + 4), norm(t + 6), Linear(l), Linear(l + 4), Linear(l + 8),
-                         Linear(l + 12), Linear(l + 16), Linear(l + 20), Linear(l + 24)});
+    d->layers.push_back({norm(t), norm(t + 2), norm(t + 4), norm(t + 6), linear(l), linear(l + 4), linear(l + 8),
+                         linear(l + 12), linear(l + 16), linear(l + 20), linear(l + 24)});
   }
   d->last = norm(last.data());
-  d->head = Linear(last.data() + 2);
+  d->head = linear(last.data() + 2);
   handle.as<int64_t>()[0] = Registry::shared().add(std::move(d));
 }
 

@@ -11,7 +11,7 @@
 namespace llmkern {
 namespace {
 
-constexpr int64_t kAhead = 4096;  // bytes that are asked for in time for the latency of memory
+constexpr int64_t kAhead = 8192;  // bytes that are asked for in time for the latency of memory
 
 float power(int n) {
   const int32_t bits = (n + 127) << 23;
@@ -98,6 +98,8 @@ class DenseGemv : public Gemv {
       for (int j = 0; j < M; ++j) sum[j][r] = fma(w, v[j], sum[j][r]);
     }
   }
+  const void* begin(int64_t tile) const override { return data_ + tile * W * stride_; }
+
   const T* data_;
   int64_t stride_;
 };
@@ -108,18 +110,18 @@ class DenseGemv : public Gemv {
 template <class S, bool nibbles, bool mins>
 class CodedGemv : public Gemv {
  public:
-  CodedGemv(const Tensor& q, const Tensor& scales, const Tensor& min, int64_t depth)
+  CodedGemv(const Tensor& q, const Tensor& scales, const Tensor& min, int64_t depth, Arena& arena)
       : Gemv(q.size[0], depth),
         groups_(scales.size[1]),
         blocks_((depth + kBlock - 1) / kBlock),
         group_blocks_(groups_ == 1 ? blocks_ : blocks_ / groups_),
         tile_bytes_((groups_ * kGroupBytes + blocks_ * kBlockBytes + 63) / 64 * 64),
-        buffer_(tiles() * tile_bytes_ + kAhead) {
+        data_(arena.take(tiles() * tile_bytes_)) {
     parallel_for(tiles(), false, [&](int64_t tile) { lay_out(q, scales, min, tile); });
   }
 
   void multiply(const Activations& x, int64_t tile, Vec* sums) const override {
-    const uint8_t* from = buffer_.as<uint8_t>() + tile * tile_bytes_;
+    const uint8_t* from = data_ + tile * tile_bytes_;
     few_rows(x.rows, [&](int64_t m, auto count) {
       group_blocks_ == 1 ? run<decltype(count)::value, 1>(x, m, from, sums + m)
                          : run<decltype(count)::value, 0>(x, m, from, sums + m);
@@ -213,7 +215,7 @@ class CodedGemv : public Gemv {
   }
 
   void lay_out(const Tensor& q, const Tensor& scales, const Tensor& min, int64_t tile) {
-    uint8_t* to = buffer_.as<uint8_t>() + tile * tile_bytes_;
+    uint8_t* to = data_ + tile * tile_bytes_;
     for (int64_t g = 0; g < groups_; ++g) {
       for (const Tensor* t : {&scales, &min})
         for (int r = 0; *t && r < W; ++r, to += sizeof(S))
@@ -232,8 +234,10 @@ class CodedGemv : public Gemv {
     const auto nibble = [&](int j) { return from[k / 2 + j % 16] >> (j / 16 * 4) & 15; };
     return static_cast<uint8_t>(nibble(8 * v + i) | nibble(8 * v + 4 + i) << 4);
   }
+  const void* begin(int64_t tile) const override { return data_ + tile * tile_bytes_; }
+
   int64_t groups_, blocks_, group_blocks_, tile_bytes_;
-  Buffer buffer_;
+  uint8_t* data_;
 };
 
 }  // namespace
@@ -252,7 +256,7 @@ void Activations::digitise() const {
   }
 }
 
-std::unique_ptr<Gemv> make_gemv(const Tensor& weight, const Tensor& scales, const Tensor& mins) {
+std::unique_ptr<Gemv> make_gemv(const Tensor& weight, const Tensor& scales, const Tensor& mins, Arena& arena) {
   std::unique_ptr<Gemv> made;
   if (!scales) {
     with_type(weight.dtype, [&](auto t) { made = std::make_unique<DenseGemv<decltype(t)>>(weight); });
@@ -262,10 +266,10 @@ std::unique_ptr<Gemv> make_gemv(const Tensor& weight, const Tensor& scales, cons
     using S = decltype(t);
     const bool nibbles = weight.dtype == DType::u8;
     const int64_t depth = weight.size[1] * (nibbles ? 2 : 1);
-    if (nibbles && mins) made = std::make_unique<CodedGemv<S, true, true>>(weight, scales, mins, depth);
-    else if (nibbles) made = std::make_unique<CodedGemv<S, true, false>>(weight, scales, mins, depth);
-    else if (mins) made = std::make_unique<CodedGemv<S, false, true>>(weight, scales, mins, depth);
-    else made = std::make_unique<CodedGemv<S, false, false>>(weight, scales, mins, depth);
+    if (nibbles && mins) made = std::make_unique<CodedGemv<S, true, true>>(weight, scales, mins, depth, arena);
+    else if (nibbles) made = std::make_unique<CodedGemv<S, true, false>>(weight, scales, mins, depth, arena);
+    else if (mins) made = std::make_unique<CodedGemv<S, false, true>>(weight, scales, mins, depth, arena);
+    else made = std::make_unique<CodedGemv<S, false, false>>(weight, scales, mins, depth, arena);
   });
   return made;
 }

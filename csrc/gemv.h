@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "arena.h"
 #include "buffer.h"
 #include "simd.h"
 
@@ -62,11 +63,19 @@ class Gemv {
   // behind the last row is anything.
   virtual void multiply(const Activations& x, int64_t tile, Vec* sums) const = 0;
   int64_t tiles() const { return (rows + W - 1) / W; }
+  // Asks for the beginning of a tile, before a wait for something else.
+  void ask(int64_t tile) const {
+    for (int64_t i = 0; i < kEarly; i += 64) prefetch_l2(static_cast<const char*>(begin(tile)) + i);
+  }
+
+ private:
+  static constexpr int64_t kEarly = 4096;  // bytes, of the 1 MiB of a second cache
+  virtual const void* begin(int64_t tile) const = 0;
 };
 
 // Of a dense weight, which is not copied and must stay where it is; or of codes with scales and mins as
-// in quant.cpp, which are laid out anew.
-std::unique_ptr<Gemv> make_gemv(const Tensor& weight, const Tensor& scales, const Tensor& mins);
+// in quant.cpp, which are laid out anew in `arena`.
+std::unique_ptr<Gemv> make_gemv(const Tensor& weight, const Tensor& scales, const Tensor& mins, Arena& arena);
 
 // Calls body(m, M{}) for 4, 2 and 1 rows of x from m on.
 template <class Body>
