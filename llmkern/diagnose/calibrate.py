@@ -23,7 +23,8 @@ from .run import time_steps, trace, warm_up
 from .trace import LARGE, Call
 from .workload import Workload
 
-ROUNDS = 3
+ROUNDS = 5
+DTYPES = torch.float32, torch.bfloat16  # the second is what the first is told to try
 ENCODER_WIDTH = 640  # wider ones would tell nothing new of their ops
 
 
@@ -76,8 +77,10 @@ def profile(device: str, dtype: torch.dtype, again: bool = False, say=lambda tex
         say("measuring this machine's ceilings")
         found = Profile(about, device, measure_ceilings(device))
         found.fresh = fresh_seconds(device)
-    for wanted in (torch.float32, torch.bfloat16, dtype):  # bfloat16 is what float32 is told to try
+    for wanted in (*DTYPES, dtype):
         name = ceilings.dtype_name(wanted)
+        if name not in found.ceilings.flops:
+            found.ceilings.flops |= ceilings.measure_flops(device, [wanted])
         if name not in found.points:
             say(f"measuring what ops reach of them in {name}")
             calibrate(found, wanted)
@@ -87,8 +90,7 @@ def profile(device: str, dtype: torch.dtype, again: bool = False, say=lambda tex
 
 def measure_ceilings(device: str) -> ceilings.Ceilings:
     """The best of two rounds, so that a busy moment does not lower them."""
-    dtypes = [torch.float32, torch.bfloat16, torch.float16]
-    found, again = (ceilings.measure(device, dtypes, 0.15, cold=device == "cuda") for _ in range(2))
+    found, again = (ceilings.measure(device, list(DTYPES), 0.15, cold=device == "cuda") for _ in range(2))
     for rates, others in ((found.flops, again.flops), (found.bandwidth, again.bandwidth)):
         for key, ways in rates.items():
             ways.update({way: max(rate, others[key][way]) for way, rate in ways.items()})
@@ -106,9 +108,9 @@ def calibrate(profile: Profile, dtype: torch.dtype, probes: list[Probe] = PROBES
     for workload, tracers in zip(workloads, zip(*rounds)):
         calls = tracers[0].calls
         for call, *others in zip(calls, *(t.calls for t in tracers[1:])):
-            call.seconds = min(call.seconds, *(other.seconds for other in others))
+            call.seconds = median([call.seconds, *(other.seconds for other in others)])
         _collect(calls, profile, found)
-        whole = min(time_steps(workload, 5, 0.3))
+        whole = median(time_steps(workload, 5, 0.3))
         beside.append((whole - sum(call.seconds for call in calls)) / len(calls))
     if not profile.launch:
         profile.launch = max(0.0, *beside[:2])  # of the smallest models, where it is most of the time

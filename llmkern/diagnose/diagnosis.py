@@ -165,9 +165,8 @@ def _report(
     for call in calls:
         walls[profile.wall(call)] += call.seconds
     walls["data"] = wait
-    traced = sum(walls.values())
-    walls["launch"] += max(0.0, seconds - traced)  # Python and dispatch between the calls
-    scale = seconds / max(seconds, traced)  # the tracer may have slowed the step
+    walls["launch"] += max(0.0, min(times) - sum(walls.values()))  # Python and dispatch between the calls
+    scale = seconds / sum(walls.values())  # other steps were slower, or the tracer slowed this one
     phases = {call.phase: i for i, call in reversed(list(enumerate(calls)))}
     return Diagnosis(
         name=type(workload.model).__name__,

@@ -28,7 +28,14 @@ LOOK = """<script>onload = () => {
 def test_the_page_fits_and_asks_for_nothing(diagnosed, tmp_path, width):
     frame = f'<iframe width="{width}" height="800" srcdoc="{escape(page.page(diagnosed))}"></iframe>'
     (tmp_path / "frame.html").write_text(f"<!doctype html>{frame}{LOOK}", encoding="utf-8")
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1300,900", "--dump-dom"]
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--window-size=1300,900",
+        "--dump-dom",
+    ]
     url = (tmp_path / "frame.html").as_uri()
     done = subprocess.run([*command, url], capture_output=True, text=True, timeout=120, check=True)
     seen = json.loads(re.search(r"<title>(\{.*?\})</title>", done.stdout).group(1))
