@@ -107,7 +107,7 @@ def _model_flops(op: Op, half: str, args: tuple, flops: float) -> float:
         return _pairs(q, k, v, 2.0 if half == "bwd" else 1.0)
     if half == "bwd" and op.name == "linear_cross_entropy":
         _, x, head = args[:3]
-        return flops - 2 * x.shape[0] * head.numel()
+        return max(0.0, flops - 2 * x.shape[0] * head.numel())  # 0: forward made the gradients
     if half == "bwd" and op.name == "ffn":
         stored = args[list(a.name for a in op.bwd._schema.arguments).index("u")]
         _, x, weight_in, _, weight_gate = args[:5]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmkern import ops
+from llmkern import ops, swap_
 from llmkern.diagnose.run import trace
 from llmkern.diagnose.workload import Workload
 
@@ -70,8 +70,13 @@ def test_fused_adamw_reads_four_and_writes_three():
     assert call.bytes == pytest.approx(7 * 4 * 64 * 64, rel=0.001) and call.flops == 14 * 64 * 64
 
 
-def test_model_flops_are_six_a_parameter_and_token(gpt, batch):
-    workload = Workload(gpt, batch)
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("return_logits", [False, True])
+def test_model_flops_are_six_a_parameter_and_token(gpt, batch, swapped, return_logits):
+    if swapped:
+        swap_(gpt)
+    idx, targets = batch
+    workload = Workload(gpt, {"idx": idx, "targets": targets, "return_logits": return_logits})
     workload.prepare()
     workload.step()
     tokens, config = batch[0].numel(), gpt.config
