@@ -15,11 +15,13 @@ from .attention_scores import (
     head_of,
     kept,
     key_range,
+    load_rows,
     place_of,
     plan,
     scores,
     slope_of,
     softmax_exp,
+    source,
     tile_ptrs,
     to_log,
 )  # fmt: skip
@@ -46,13 +48,13 @@ def attention_fwd(
     if why_not_gluon(q, k, v, rules) is None:
         attention_fwd_gluon(q, k, v, rules, out, lse)
         return
-    p = plan("attention_fwd", q, k, v, rules)
+    p = plan("attention_fwd", q, k, v, rules, k, v)
     launch(
         _forward_kernel, q, (triton.cdiv(s_q, p.block_m) * batch * heads,),
-        q, k, v, sinks, out, lse,
+        q, p.walked(k, p.block_n, p.block_d), p.walked(v, p.block_n, p.block_v), sinks, out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         heads, heads // k.shape[1], s_q, k.shape[2], *rules.arguments(),
-        dim, p.block_d, v.shape[3], p.block_v, p.block_m, p.block_n, rules.kind,
+        dim, p.block_d, v.shape[3], p.block_v, p.block_m, p.block_n, rules.kind, p.tma,
         **p.run,
     )  # fmt: skip
 
@@ -69,12 +71,12 @@ def _forward_blocks(
     s_q, s_k, left, right, scale, softcap, unit, threshold, factor, start, stop,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, DIM_V: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr, DOCUMENTS: tl.constexpr, KIND: tl.constexpr, EDGE: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over the keys in [start, stop); EDGE: some of them are out of sight."""
     for at in range(start, stop, BLOCK_N):
         cols = at + tl.arange(0, BLOCK_N)
-        ptrs, inside = tile_ptrs(k, cols, s_k, k_s, DIM, BLOCK_D, EDGE)
-        keys = tl.load(ptrs, mask=inside, other=0.0)  # (BLOCK_N, BLOCK_D)
+        keys = load_rows(k, at, s_k, k_s, DIM, BLOCK_D, BLOCK_N, EDGE, TMA)
         s = tl.dot(q, tl.trans(keys), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         if EDGE or (softcap is not None) or (slope is not None):
             s, _ = scores(
@@ -91,8 +93,7 @@ def _forward_blocks(
         total = total * shrink + tl.sum(p, 1)
         if seed is not None:
             p *= kept(tl.load(seed), first_row, rows[:, None], cols[None, :], threshold, factor)
-        ptrs, inside = tile_ptrs(v, cols, s_k, v_s, DIM_V, BLOCK_V, EDGE)
-        values = tl.load(ptrs, mask=inside, other=0.0)
+        values = load_rows(v, at, s_k, v_s, DIM_V, BLOCK_V, BLOCK_N, EDGE, TMA)
         acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
         top = above
     return acc, total, top
@@ -105,13 +106,13 @@ def _forward_kernel(
     mask, mask_b, mask_h, mask_q, mask_k, alibi, alibi_b, alibi_h, spans, span_b, span_row,
     seed, diagonal, left, right, scale, softcap, unit, threshold, factor,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, DIM_V: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KIND: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KIND: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(s_q, BLOCK_M)
     block = blocks - 1 - tl.program_id(0) % blocks  # causal: the longest rows start first
     head, b, h = head_of(tl.program_id(0) // blocks, heads)
     q, out = base(q, b, h, q_b, q_h), base(out, b, h, out_b, out_h)
-    k, v = base(k, b, h // group, k_b, k_h), base(v, b, h // group, v_b, v_h)
+    k, v = source(k, b, h // group, k_b, k_h, TMA), source(v, b, h // group, v_b, v_h, TMA)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     if KIND:
         mask = base(mask, b, h, mask_b, mask_h) + rows.to(tl.int64)[:, None] * mask_q
@@ -140,18 +141,18 @@ def _forward_kernel(
             acc, total, top, queries, k, v, mask, k_s, v_s, mask_k, rows, head * s_q, place, first, end,
             slope, seed, s_q, s_k, left, right, scale, softcap, unit, threshold, factor,
             begin, tl.minimum(start, last), DIM, BLOCK_D, DIM_V, BLOCK_V, BLOCK_N, spans is not None, KIND,
-            True,
+            True, TMA,
         )  # fmt: skip
     if (KIND == 0) & (spans is None):
         acc, total, top = _forward_blocks(
             acc, total, top, queries, k, v, mask, k_s, v_s, mask_k, rows, head * s_q, place, first, end,
             slope, seed, s_q, s_k, left, right, scale, softcap, unit, threshold, factor,
-            start, stop, DIM, BLOCK_D, DIM_V, BLOCK_V, BLOCK_N, False, KIND, False,
+            start, stop, DIM, BLOCK_D, DIM_V, BLOCK_V, BLOCK_N, False, KIND, False, TMA,
         )  # fmt: skip
     acc, total, top = _forward_blocks(
         acc, total, top, queries, k, v, mask, k_s, v_s, mask_k, rows, head * s_q, place, first, end,
         slope, seed, s_q, s_k, left, right, scale, softcap, unit, threshold, factor,
-        stop, last, DIM, BLOCK_D, DIM_V, BLOCK_V, BLOCK_N, spans is not None, KIND, True,
+        stop, last, DIM, BLOCK_D, DIM_V, BLOCK_V, BLOCK_N, spans is not None, KIND, True, TMA,
     )  # fmt: skip
 
     share = tl.where(total == 0.0, 0.0, 1.0 / total)

@@ -17,11 +17,13 @@ from .attention_scores import (
     head_of,
     kept,
     key_range,
+    load_rows,
     place_of,
     plan,
     scores,
     slope_of,
     softmax_exp,
+    source,
     tile_ptrs,
 )  # fmt: skip
 from .launch import fit, launch
@@ -64,15 +66,16 @@ def _launch_delta(dout, out, dlse, delta) -> None:
 def _launch_dkv(dout, q, k, v, lse, delta, rules, dk, dv) -> None:
     batch, heads, s_q, dim = q.shape
     heads_kv, s_k = k.shape[1:3]
-    p = plan("attention_dkv", q, k, v, rules)
+    p = plan("attention_dkv", q, k, v, rules, q, dout)
     ranges = None if rules.spans is None else _query_ranges(rules, s_q, s_k, p.block_n)
     launch(
         _dkv_kernel, q, (triton.cdiv(s_k, p.block_n) * batch * heads_kv,),
-        dout, q, k, v, lse, delta, ranges, dk if dk.numel() else None, dv if dv.numel() else None,
+        p.walked(dout, p.block_m, p.block_v), p.walked(q, p.block_m, p.block_d), k, v, lse, delta, ranges,
+        dk if dk.numel() else None, dv if dv.numel() else None,
         *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *(dk.stride()[:3] if dk.numel() else (0,) * 3), *(dv.stride()[:3] if dv.numel() else (0,) * 3),
         heads_kv, heads // heads_kv, s_q, s_k, *rules.arguments(), rules.scale,
-        dim, p.block_d, v.shape[3], p.block_v, p.block_m, p.block_n, rules.kind,
+        dim, p.block_d, v.shape[3], p.block_v, p.block_m, p.block_n, rules.kind, p.tma,
         **p.run,
     )  # fmt: skip
 
@@ -93,13 +96,13 @@ def _query_ranges(rules: Rules, s_q: int, s_k: int, block_n: int) -> Tensor:
 
 def _launch_dq(dout, q, k, v, lse, delta, rules, dq) -> None:
     batch, heads, s_q, dim = q.shape
-    p = plan("attention_dq", q, k, v, rules)
+    p = plan("attention_dq", q, k, v, rules, k, v)
     launch(
         _dq_kernel, q, (triton.cdiv(s_q, p.block_m) * batch * heads,),
-        dout, q, k, v, lse, delta, dq,
+        dout, q, p.walked(k, p.block_n, p.block_d), p.walked(v, p.block_n, p.block_v), lse, delta, dq,
         *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dq.stride()[:3],
         heads, heads // k.shape[1], s_q, k.shape[2], *rules.arguments(), rules.scale,
-        dim, p.block_d, v.shape[3], p.block_v, p.block_m, p.block_n, rules.kind,
+        dim, p.block_d, v.shape[3], p.block_v, p.block_m, p.block_n, rules.kind, p.tma,
         **p.run,
     )  # fmt: skip
 
@@ -145,15 +148,13 @@ def _dkv_blocks(
     mask_q, mask_k, cols, first_row, s_q, s_k, left, right, scale, softcap, unit, threshold, factor,
     start, stop,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, DIM_V: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, KIND: tl.constexpr, EDGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, KIND: tl.constexpr, EDGE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Add the queries in [start, stop) of one head; EDGE: some of them do not see some of the keys."""
     for at in range(start, stop, BLOCK_M):
         rows = at + tl.arange(0, BLOCK_M)
-        ptrs, inside = tile_ptrs(q, rows, s_q, q_s, DIM, BLOCK_D, True)
-        queries = tl.load(ptrs, mask=inside, other=0.0)  # (BLOCK_M, BLOCK_D)
-        ptrs, inside = tile_ptrs(dout, rows, s_q, dout_s, DIM_V, BLOCK_V, True)
-        d = tl.load(ptrs, mask=inside, other=0.0)
+        queries = load_rows(q, at, s_q, q_s, DIM, BLOCK_D, BLOCK_M, True, TMA)
+        d = load_rows(dout, at, s_q, dout_s, DIM_V, BLOCK_V, BLOCK_M, True, TMA)
         row_lse = from_log(tl.load(lse + rows, mask=rows < s_q, other=0.0), KIND)
         row_delta = tl.load(delta + rows, mask=rows < s_q, other=0.0)
         s = tl.dot(k, tl.trans(queries), input_precision="ieee") * scale  # (BLOCK_N, BLOCK_M)
@@ -216,7 +217,7 @@ def _dkv_kernel(
     mask, mask_b, mask_h, mask_q, mask_k, alibi, alibi_b, alibi_h, spans, span_b, span_row,
     seed, diagonal, left, right, scale, softcap, unit, threshold, factor, plain_scale,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, DIM_V: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KIND: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KIND: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(s_k, BLOCK_N)
     block = tl.program_id(0) % blocks
@@ -235,7 +236,7 @@ def _dkv_kernel(
     dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     for member in range(0, group):
         h = h_kv * group + member
-        q_head, dout_head = base(q, b, h, q_b, q_h), base(dout, b, h, dout_b, dout_h)
+        q_head, dout_head = source(q, b, h, q_b, q_h, TMA), source(dout, b, h, dout_b, dout_h, TMA)
         first_row = (b * heads_kv * group + h) * s_q
         slope = slope_of(alibi, b, h, alibi_b, alibi_h, unit)
         mask_head = mask
@@ -246,21 +247,21 @@ def _dkv_kernel(
                 dk, dv, keys, values, dout_head, q_head, mask_head, lse + first_row, delta + first_row,
                 spans, span_row, diagonal, slope, seed, dout_s, q_s, mask_q, mask_k, cols, first_row,
                 s_q, s_k, left, right, scale, softcap, unit, threshold, factor,
-                begin, tl.minimum(start, last), DIM, BLOCK_D, DIM_V, BLOCK_V, BLOCK_M, KIND, True,
+                begin, tl.minimum(start, last), DIM, BLOCK_D, DIM_V, BLOCK_V, BLOCK_M, KIND, True, TMA,
             )  # fmt: skip
         if (KIND == 0) & (spans is None):
             dk, dv = _dkv_blocks(
                 dk, dv, keys, values, dout_head, q_head, mask_head, lse + first_row, delta + first_row,
                 spans, span_row, diagonal, slope, seed, dout_s, q_s, mask_q, mask_k, cols, first_row,
                 s_q, s_k, left, right, scale, softcap, unit, threshold, factor,
-                start, stop, DIM, BLOCK_D, DIM_V, BLOCK_V, BLOCK_M, KIND, False,
+                start, stop, DIM, BLOCK_D, DIM_V, BLOCK_V, BLOCK_M, KIND, False, TMA,
             )  # fmt: skip
         if (left is not None) or (KIND > 0) or (spans is not None):
             dk, dv = _dkv_blocks(
                 dk, dv, keys, values, dout_head, q_head, mask_head, lse + first_row, delta + first_row,
                 spans, span_row, diagonal, slope, seed, dout_s, q_s, mask_q, mask_k, cols, first_row,
                 s_q, s_k, left, right, scale, softcap, unit, threshold, factor,
-                stop, last, DIM, BLOCK_D, DIM_V, BLOCK_V, BLOCK_M, KIND, True,
+                stop, last, DIM, BLOCK_D, DIM_V, BLOCK_V, BLOCK_M, KIND, True, TMA,
             )  # fmt: skip
     if dk_out is not None:
         ptrs, inside = tile_ptrs(base(dk_out, b, h_kv, dk_b, dk_h), cols, s_k, dk_s, DIM, BLOCK_D, True)
@@ -276,14 +277,13 @@ def _dq_blocks(
     seed, s_q, s_k, left, right, scale, softcap, unit, threshold, factor, start, stop,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, DIM_V: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr, DOCUMENTS: tl.constexpr, KIND: tl.constexpr, EDGE: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """Add the keys in [start, stop); EDGE: some of them are out of sight."""
     for at in range(start, stop, BLOCK_N):
         cols = at + tl.arange(0, BLOCK_N)
-        ptrs, inside = tile_ptrs(k, cols, s_k, k_s, DIM, BLOCK_D, EDGE)
-        keys = tl.load(ptrs, mask=inside, other=0.0)  # (BLOCK_N, BLOCK_D)
-        ptrs, inside = tile_ptrs(v, cols, s_k, v_s, DIM_V, BLOCK_V, EDGE)
-        values = tl.load(ptrs, mask=inside, other=0.0)
+        keys = load_rows(k, at, s_k, k_s, DIM, BLOCK_D, BLOCK_N, EDGE, TMA)
+        values = load_rows(v, at, s_k, v_s, DIM_V, BLOCK_V, BLOCK_N, EDGE, TMA)
         s = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale  # (BLOCK_M, BLOCK_N)
         bent = s
         if EDGE or (softcap is not None) or (slope is not None):
@@ -308,12 +308,12 @@ def _dq_kernel(
     mask, mask_b, mask_h, mask_q, mask_k, alibi, alibi_b, alibi_h, spans, span_b, span_row,
     seed, diagonal, left, right, scale, softcap, unit, threshold, factor, plain_scale,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, DIM_V: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KIND: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KIND: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(s_q, BLOCK_M)
     block = blocks - 1 - tl.program_id(0) % blocks  # causal: the longest rows start first
     head, b, h = head_of(tl.program_id(0) // blocks, heads)
-    k, v = base(k, b, h // group, k_b, k_h), base(v, b, h // group, v_b, v_h)
+    k, v = source(k, b, h // group, k_b, k_h, TMA), source(v, b, h // group, v_b, v_h, TMA)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     if KIND:
         mask = base(mask, b, h, mask_b, mask_h) + rows.to(tl.int64)[:, None] * mask_q
@@ -337,18 +337,18 @@ def _dq_kernel(
             dq, queries, d, k, v, mask, row_lse, row_delta, k_s, v_s, mask_k, rows, head * s_q, place, first,
             end, slope, seed, s_q, s_k, left, right, scale, softcap, unit, threshold, factor,
             begin, tl.minimum(start, last), DIM, BLOCK_D, DIM_V, BLOCK_V, BLOCK_N, spans is not None, KIND,
-            True,
+            True, TMA,
         )  # fmt: skip
     if (KIND == 0) & (spans is None):
         dq = _dq_blocks(
             dq, queries, d, k, v, mask, row_lse, row_delta, k_s, v_s, mask_k, rows, head * s_q, place, first,
             end, slope, seed, s_q, s_k, left, right, scale, softcap, unit, threshold, factor,
-            start, stop, DIM, BLOCK_D, DIM_V, BLOCK_V, BLOCK_N, False, KIND, False,
+            start, stop, DIM, BLOCK_D, DIM_V, BLOCK_V, BLOCK_N, False, KIND, False, TMA,
         )  # fmt: skip
     dq = _dq_blocks(
         dq, queries, d, k, v, mask, row_lse, row_delta, k_s, v_s, mask_k, rows, head * s_q, place, first,
         end, slope, seed, s_q, s_k, left, right, scale, softcap, unit, threshold, factor,
-        stop, last, DIM, BLOCK_D, DIM_V, BLOCK_V, BLOCK_N, spans is not None, KIND, True,
+        stop, last, DIM, BLOCK_D, DIM_V, BLOCK_V, BLOCK_N, spans is not None, KIND, True, TMA,
     )  # fmt: skip
     ptrs, inside = tile_ptrs(base(dq_out, b, h, dq_b, dq_h), rows, s_q, dq_s, DIM, BLOCK_D, True)
     tl.store(ptrs, (dq * plain_scale).to(dq_out.dtype.element_ty), mask=inside)

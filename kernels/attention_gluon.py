@@ -15,6 +15,7 @@ from torch import Tensor
 from . import config, tiles
 from .attention_scores import LOG2E, Rules
 from .launch import architecture, fit, launch, multiprocessors
+from .tma import heads_fit, strides
 
 OLDEST = (3, 9)  # Triton whose Gluon has the names that are used here
 
@@ -40,7 +41,7 @@ def why_not_gluon(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> str | None:
     if max(q.shape[3], v.shape[3]) > 128 or not k.shape[2]:
         return "it takes head dims up to 128, and at least one key"
     for name, t in (("query", q), ("key", k), ("value", v)):
-        if not _fits_tma(t):
+        if not heads_fit(t):
             return f"{name} has strides {t.stride()} or an address that are no multiples of 16 bytes"
     return None
 
@@ -79,14 +80,3 @@ def descriptor(x: Tensor, rows: int) -> Any:
         box, gl.float16 if x.dtype == torch.float16 else gl.bfloat16
     )
     return TensorDescriptor(x, list(x.shape), strides(x), box, layout)
-
-
-def strides(x: Tensor) -> list[int]:
-    """Those of x; of a dimension of size 1, whose stride says nothing, one that TMA takes."""
-    return [8 if size == 1 and i < 3 else stride for i, (size, stride) in enumerate(zip(x.shape, x.stride()))]
-
-
-def _fits_tma(x: Tensor) -> bool:
-    if x.shape[3] % 8 or x.data_ptr() % 16 or not x.numel():
-        return False
-    return x.stride(3) == 1 and all(s > 0 and s % 8 == 0 for s in strides(x)[:3])

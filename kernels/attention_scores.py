@@ -7,7 +7,7 @@ Scores are kept in base 2, times log2(e), because exp2 is one instruction.  With
 stay natural: masks of -3.4e38 must not become -inf.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,6 +18,7 @@ from . import tiles
 from .activation import tanh
 from .launch import fit
 from .philox import drop, keeps
+from .tma import heads_fit, rows_of_heads, uses_tma
 
 LOG2E = 1.4426950408889634
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -67,11 +68,16 @@ class Plan(NamedTuple):
     block_v: int
     block_m: int
     block_n: int
+    tma: bool
     run: dict[str, int]
 
+    def walked(self, x: Tensor, rows: int, width: int) -> Any:
+        """x (B, H, S, D) as a kernel takes it that goes over its rows."""
+        return rows_of_heads(x, rows, width) if self.tma else x
 
-def plan(kernel: str, q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Plan:
-    """Blocks from the table of tiles, cut down to short inputs.
+
+def plan(kernel: str, q: Tensor, k: Tensor, v: Tensor, rules: Rules, *walked: Tensor) -> Plan:
+    """Blocks from the table of tiles, cut down to short inputs; whether `walked` tensors come by TMA.
 
     Rules whose tiles need registers too have rows of their own, or half the rows.
     """
@@ -83,7 +89,8 @@ def plan(kernel: str, q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Plan:
         tile = tiles.find(kernel, q, kind)
         tile = tile._replace(rows=max(16, tile.rows // 2)) if heavy else tile
     block_m, block_n = fit(q.shape[2], 16, tile.rows), fit(k.shape[2], 16, tile.cols)
-    return Plan(block_d, block_v, block_m, block_n, {"warps": tile.warps, "stages": tile.stages})
+    by_tma = uses_tma(q) and all(map(heads_fit, walked))
+    return Plan(block_d, block_v, block_m, block_n, by_tma, {"warps": tile.warps, "stages": tile.stages})
 
 
 @triton.jit
@@ -96,6 +103,28 @@ def head_of(index, heads):
 @triton.jit
 def base(x, b, h, stride_b, stride_h):
     return x + b * stride_b + h * stride_h
+
+
+@triton.jit
+def source(x, b, h, stride_b, stride_h, TMA: tl.constexpr):
+    """One head of x for load_rows: its address, or the descriptor and where it is in that."""
+    if TMA:
+        return x, b.to(tl.int32), h.to(tl.int32)
+    else:
+        return base(x, b, h, stride_b, stride_h)
+
+
+@triton.jit
+def load_rows(
+    x, at, length, stride, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, EDGE: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """Rows from `at` on of a head, (ROWS, BLOCK_D), 0 where there are none; not EDGE: all are there."""
+    if TMA:
+        return tl.reshape(x[0].load([x[1], x[2], at, 0]), (ROWS, BLOCK_D))
+    else:
+        ptrs, inside = tile_ptrs(x, at + tl.arange(0, ROWS), length, stride, DIM, BLOCK_D, EDGE)
+        return tl.load(ptrs, mask=inside, other=0.0)
 
 
 @triton.jit

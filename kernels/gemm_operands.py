@@ -7,9 +7,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import architecture
-
-TMA_GPUS = ("sm_90", "sm_100", "sm_103", "sm_120")
+from .tma import aligned, uses_tma
 
 
 class Operands(NamedTuple):
@@ -41,13 +39,9 @@ def operands(sizes: tuple, *pairs: tuple[Tensor | None, Tensor | None]) -> Opera
     return Operands(args, (0, 0) * len(args), loads)
 
 
-def uses_tma(x: Tensor) -> bool:
-    return x.element_size() == 2 and architecture(x) in TMA_GPUS
-
-
 def order(x: Tensor) -> str:
     """ "n" for a matrix whose rows TMA can read, "t" for one whose columns it can, else ""."""
-    if not x.numel() or x.data_ptr() % 16:
+    if not aligned(x):
         return ""
     for name, (far, near) in (("n", x.stride()), ("t", x.stride()[::-1])):
         if near == 1 and far > 1 and far * x.element_size() % 16 == 0:
