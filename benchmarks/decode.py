@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,14 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = ceilings.measure("cpu", [torch.bfloat16], 0.5, False)
     all_writers = list(writers(file))
     texts = {w.name: w.write(SHORT, COUNTS["short"]).tokens for w in all_writers}  # and all are warm
-    times = measure(all_writers, args.rounds, args.seconds)
     about = machine.describe("cpu") | {"packages": versions(), "file": file.name}
-    rows = [row(w, times[w.name], texts, found) for w in all_writers]
-    show(console, rows, found)
     path = args.out / f"decode-{about['date']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = {"machine": about, "bandwidth": found.bandwidth, "targets": TARGETS, "rows": rows}
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    for times in measure(all_writers, args.rounds, args.seconds):
+        rows = [row(w, times[w.name], texts, found) for w in all_writers]
+        result = {"machine": about, "bandwidth": found.bandwidth, "targets": TARGETS, "rows": rows}
+        path.write_text(json.dumps(result, indent=1) + "\n")  # a run that is stopped leaves what it had
+    show(console, rows, found)
     console.print(f"saved {path}")
     return 0
 
@@ -77,11 +77,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def measure(all_writers: list[Writer], rounds: int, seconds: float) -> dict[str, Times]:
-    """Each writes in every round, in an order that turns; at least one round."""
+def measure(all_writers: list[Writer], rounds: int, seconds: float) -> Iterator[dict[str, Times]]:
+    """Each writes in every round, in an order that turns; yields what was reached so far, at least once."""
     times: dict[str, Times] = {w.name: {} for w in all_writers}
     start = time.monotonic()
-    for i in range(rounds):
+    for i in range(max(1, rounds)):
         if i and time.monotonic() - start > seconds:
             break
         shift = i % len(all_writers)
@@ -92,7 +92,7 @@ def measure(all_writers: list[Writer], rounds: int, seconds: float) -> dict[str,
             }  # fmt: skip
             for kind, rate in reached.items():
                 times[w.name].setdefault(kind, []).append(rate)
-    return times
+        yield times
 
 
 def _rate(written: Written) -> float:
