@@ -28,7 +28,8 @@ void drop_row(const T* x, const T* residual, T* y, int64_t width, int64_t row, c
   }
 }
 
-void drop(const Tensor& x, const Tensor& residual, const Tensor& seed, double p, const Tensor& y) {
+// x begins at row `first` of a larger matrix.
+void drop(const Tensor& x, const Tensor& residual, const Tensor& seed, double p, int64_t first, const Tensor& y) {
   if (!y) return;
   const int64_t rows = x.size[0], width = x.size[1];
   const Dropout dropout(seed, p);
@@ -37,16 +38,20 @@ void drop(const Tensor& x, const Tensor& residual, const Tensor& seed, double p,
     parallel_for((rows + kBlock - 1) / kBlock, false, [&](int64_t block) {
       for (int64_t n = block * kBlock; n < std::min(rows, (block + 1) * kBlock); ++n)
         drop_row(x.as<T>() + n * width, residual ? residual.as<T>() + n * width : nullptr, y.as<T>() + n * width,
-                 width, n, dropout);
+                 width, first + n, dropout);
     });
   });
 }
 
 }  // namespace
 
-void dropout_fwd(Tensor x, Tensor residual, Tensor seed, double p, Tensor y) { drop(x, residual, seed, p, y); }
+void dropout_fwd(Tensor x, Tensor residual, Tensor seed, double p, int64_t first, Tensor y) {
+  drop(x, residual, seed, p, first, y);
+}
 
-void dropout_bwd(Tensor dy, Tensor seed, double p, std::vector<bool>, Tensor dx) { drop(dy, {}, seed, p, dx); }
+void dropout_bwd(Tensor dy, Tensor seed, double p, int64_t first, std::vector<bool>, Tensor dx) {
+  drop(dy, {}, seed, p, first, dx);
+}
 
 KERNEL(dropout_fwd);
 KERNEL(dropout_bwd);

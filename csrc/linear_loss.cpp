@@ -108,9 +108,10 @@ void backward(const Kept<T>& kept, const Head<T>& head, const ClassWeight<T>& we
   });
 }
 
-Options options(int64_t ignore_index, double smoothing, double z_loss, double softcap) {
-  return {ignore_index, static_cast<float>(smoothing), static_cast<float>(z_loss),
-          static_cast<float>(softcap)};
+Options options(int64_t ignore_index, int64_t first, int64_t classes, double smoothing, double z_loss,
+                double softcap) {
+  const auto narrow = [](double v) { return static_cast<float>(v); };
+  return {ignore_index, first, classes, narrow(smoothing), narrow(z_loss), narrow(softcap)};
 }
 
 }  // namespace
@@ -118,17 +119,17 @@ Options options(int64_t ignore_index, double smoothing, double z_loss, double so
 
 void linear_cross_entropy_fwd(Tensor x, Tensor head, Tensor bias, Tensor target, Tensor weight, Tensor factor,
                               int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
-                              std::vector<bool>, Tensor loss, Tensor top, Tensor log_total, Tensor dx,
-                              Tensor dhead, Tensor dbias) {
+                              int64_t first, int64_t classes, std::vector<bool>, Tensor loss, Tensor top,
+                              Tensor log_total, Tensor dx, Tensor dhead, Tensor dbias) {
   using namespace loss_of_linear;
-  check_targets("linear_cross_entropy", target, head.size[0], ignore_index);
-  const Options given = options(ignore_index, label_smoothing, z_loss, softcap);
+  check_targets("linear_cross_entropy", target, classes, ignore_index);
+  const Options given = options(ignore_index, first, classes, label_smoothing, z_loss, softcap);
   for (const Tensor& out : {loss, top, log_total}) std::fill_n(out.as<float>(), out.count(), 0.0f);
   with_type(x.dtype, [&](auto type) {
     using T = decltype(type);
     const Head<T> layer{Matrix<const T>(head), bias.as<T>(), given.softcap};
     const Kept<T> kept(x, target, ignore_index);
-    const ClassWeight<T> w(weight);
+    const ClassWeight<T> w = ClassWeight<T>(weight).from(first);
     const Losses<T> losses{kept, target, w, given, loss.as<float>(), top.as<float>(), log_total.as<float>()};
     if (dx.count() || dhead.count() || dbias.count())
       Early<T>(kept, layer, losses, factor, dx, dhead, dbias).run();
@@ -140,9 +141,10 @@ void linear_cross_entropy_fwd(Tensor x, Tensor head, Tensor bias, Tensor target,
 void linear_cross_entropy_bwd(Tensor dloss, Tensor x, Tensor head, Tensor bias, Tensor target, Tensor weight,
                               Tensor top, Tensor log_total, Tensor factor, Tensor early_dx, Tensor early_dhead,
                               Tensor early_dbias, int64_t ignore_index, double label_smoothing, double z_loss,
-                              double softcap, std::vector<bool>, Tensor dx, Tensor dhead, Tensor dbias) {
+                              double softcap, int64_t first, int64_t classes, std::vector<bool>, Tensor dx,
+                              Tensor dhead, Tensor dbias) {
   using namespace loss_of_linear;
-  const Options given = options(ignore_index, label_smoothing, z_loss, softcap);
+  const Options given = options(ignore_index, first, classes, label_smoothing, z_loss, softcap);
   const std::pair<const Tensor&, const Tensor&> pairs[] = {
       {early_dx, dx}, {early_dhead, dhead}, {early_dbias, dbias}};
   with_type(x.dtype, [&](auto type) {
@@ -155,10 +157,10 @@ void linear_cross_entropy_bwd(Tensor dloss, Tensor x, Tensor head, Tensor bias, 
       for (const auto& [early, out] : pairs) scale<T>(early, times, out);
       return;
     }
-    const ClassWeight<T> w(weight);
+    const ClassWeight<T> w = ClassWeight<T>(weight).from(first);
     const Head<T> layer{Matrix<const T>(head), bias.as<T>(), given.softcap};
-    const auto rows = row_gradients(kept, dloss, target, w, top.as<float>(), log_total.as<float>(),
-                                    head.size[0], given, 0, kept.count());
+    const auto rows = row_gradients(kept, dloss, target, w, top.as<float>(), log_total.as<float>(), given, 0,
+                                    kept.count());
     backward(kept, layer, w, rows, given.smoothing > 0, dx, dhead, dbias);
   });
 }

@@ -10,8 +10,9 @@ namespace llmkern::loss_of_linear {
 
 constexpr int64_t kCols = 1024;  // classes of a block; fixed, so that sums do not depend on the thread count
 
+// The head may be a part of the layer: its classes are those from `first` on, of `classes` in all.
 struct Options {
-  int64_t ignore_index;
+  int64_t ignore_index, first, classes;
   float smoothing, z_loss, softcap;
 };
 
@@ -104,16 +105,20 @@ struct Row {
   }
 };
 
-// The losses of rows whose logits were all seen; `seen` is the sum of all class weights.
+// The losses of rows whose logits were all seen; `seen` is the sum of their class weights.  A head that is a
+// part gives its terms of the sums, and that of the target if it has it.
 template <class T>
 struct Losses {
   const Kept<T>& kept;
   const Tensor& target;
-  const ClassWeight<T>& weight;
+  const ClassWeight<T>& weight;  // of the head's own classes
   const Options& options;
   float *loss, *top, *log_total;
 
-  int64_t target_of(int64_t i) const { return target.as<int64_t>()[kept.index(i) * target.stride[0]]; }
+  // Counted from the head's first class, and outside of it where another part has the target.
+  int64_t target_of(int64_t i) const {
+    return target.as<int64_t>()[kept.index(i) * target.stride[0]] - options.first;
+  }
 
   // Logits of the classes col .. of row i.
   void see(Row& row, int64_t i, const float* z, int64_t col, int64_t cols, double seen) const {
@@ -123,9 +128,11 @@ struct Losses {
   }
   void finish(const Row& row, int64_t i, int64_t classes, double seen) const {
     const float log_sum = std::log(row.total), lse = row.top + log_sum;
-    float l = (1 - options.smoothing) * weight(target_of(i)) * (log_sum + (row.top - row.z_target));
+    const int64_t t = target_of(i);
+    float l = 0;
+    if (t >= 0 && t < classes) l = (1 - options.smoothing) * weight(t) * (log_sum + (row.top - row.z_target));
     if (options.smoothing > 0)
-      l += options.smoothing / classes * (row.gap + static_cast<float>(seen) * log_sum);
+      l += options.smoothing / options.classes * (row.gap + static_cast<float>(seen) * log_sum);
     const int64_t n = kept.index(i);
     loss[n] = options.z_loss > 0 ? l + options.z_loss * lse * lse : l;
     top[n] = row.top;
@@ -142,11 +149,12 @@ struct RowGradient {
 template <class T>
 std::vector<RowGradient> row_gradients(const Kept<T>& kept, const Tensor& dloss, const Tensor& target,
                                        const ClassWeight<T>& weight, const float* top, const float* log_total,
-                                       int64_t classes, const Options& options, int64_t first, int64_t count) {
-  const float total = weight.total(classes), share = options.smoothing / classes;
+                                       const Options& options, int64_t first, int64_t count) {
+  const float total = weight.from(-options.first).total(options.classes);
+  const float share = options.smoothing / options.classes;
   std::vector<RowGradient> rows;
   for (int64_t i = first; i < first + count; ++i) {
-    const int64_t n = kept.index(i), t = target.as<int64_t>()[n * target.stride[0]];
+    const int64_t n = kept.index(i), t = target.as<int64_t>()[n * target.stride[0]] - options.first;
     const float d = dloss.as<float>()[dloss.count() > 1 ? n : 0], m = top[n], l = log_total[n];
     const float hot = (1 - options.smoothing) * weight(t);
     const float from_lse = options.z_loss > 0 ? 2 * options.z_loss * (m + l) : 0.0f;

@@ -96,7 +96,7 @@ class Early {
     const bool first_chunk = first == 0, last_chunk = first + count == kept_.count();
     const Matrix<const T> x = kept_.x(first, count);
     const auto rows = row_gradients(kept_, factor_, losses_.target, losses_.weight, losses_.top,
-                                    losses_.log_total, classes_, losses_.options, first, count);
+                                    losses_.log_total, losses_.options, first, count);
     const Packed<T> packed_x(head_sum_ ? x.t() : x.some_rows(0, 0));
     for_parts(classes_, kCols, [&](int64_t col, int64_t cols) {
       const Matrix<T> dz(tile_.as<T>(), count, cols);

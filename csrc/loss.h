@@ -23,6 +23,13 @@ struct ClassWeight {
     return wide ? load(wide + i, n) : narrow ? load(narrow + i, n) : set(1.0f);
   }
   float operator()(int64_t c) const { return wide ? wide[c] : narrow ? to_float(narrow[c]) : 1.0f; }
+  // Those from class `first` on.
+  ClassWeight from(int64_t first) const {
+    ClassWeight moved = *this;
+    if (narrow) moved.narrow += first;
+    if (wide) moved.wide += first;
+    return moved;
+  }
   float total(int64_t classes) const {
     if (!wide && !narrow) return static_cast<float>(classes);
     double s = 0;

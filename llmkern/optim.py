@@ -9,6 +9,8 @@ from torch import Tensor
 from . import ops
 from .ops.dispatch import fall_back
 from .ops.optim_state import dequantize_state, quantize_state
+from .ops.philox import new_seed
+from .ops.sharding import is_sharded
 
 SMALLEST_8BIT = 4096  # elements; a smaller parameter's states stay as they are, as Dettmers et al. do it
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}  # states that have an 8-bit form
@@ -166,7 +168,7 @@ class AdamW(torch.optim.AdamW):
             key = int(state["step"]), p.device, p.dtype, state["exp_avg"].dtype
             together.setdefault(key, []).append(p)
         beta1, beta2 = group["betas"]
-        for (step, device, dtype, _), params in together.items():
+        for (step, _, dtype, _), params in together.items():
             states = [self.state[p] for p in params]
             kept = {name: [s[name] for s in states] for name in states[0] if name != "step"}
             random = self.stochastic_rounding and dtype == torch.bfloat16
@@ -181,7 +183,7 @@ class AdamW(torch.optim.AdamW):
                 exp_avg_scales=kept.get("exp_avg_scale"),
                 exp_avg_sq_scales=kept.get("exp_avg_sq_scale"),
                 grad_scale=scale,
-                seed=torch.randint(2**63 - 1, (), device=device) if random else None,
+                seed=new_seed(params[0]) if random else None,
                 maximize=group["maximize"],
             )  # fmt: skip
             torch.autograd.graph.increment_version(params)
@@ -193,6 +195,10 @@ class AdamW(torch.optim.AdamW):
         for name in ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ())):
             state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
         if self._coded(p):
+            if is_sharded(p):
+                raise ValueError(
+                    "AdamW: states_8bit is True and a parameter is a DTensor, expected a plain one"
+                )
             _encode(state)
         if self.master_weights and p.dtype.itemsize < 4:
             state["master"] = p.detach().float()

@@ -162,7 +162,7 @@ def _apply(
     left, right = (None if side == -1 else int(side) for side in window or (-1, -1))
     return ATTENTION.apply(
         _rows(q), _rows(k), _rows(v), mask, alibi_slopes, sinks, spans,
-        philox.new_seed(q.device, seed) if dropout_p else None, diagonal, left, 0 if is_causal else right,
+        philox.new_seed(q, seed) if dropout_p else None, diagonal, left, 0 if is_causal else right,
         1 / math.sqrt(dim) if scale is None else float(scale), float(softcap), float(dropout_p),
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import decode_cache as cache
 from . import decode_samples
 from .op import Make, Op, Sample, opmath, register
+from .sharding import Split
 
 MAX_HEAD_DIM = 256  # of the Triton kernel
 
@@ -264,6 +265,17 @@ class DECODE_ATTENTION(Op):
         if any(t.stride(3) != 1 and t.shape[3] != 1 for t in (k_cache, v_cache)):
             return "the cache's last stride is not 1"
         return None
+
+    @staticmethod
+    def splits(half, args):
+        """By heads, or without pages by sequences."""
+        caches = ("k_cache", "v_cache", "k_scale", "v_scale")
+        rows = ("q", "key", "value", "alibi_slopes")
+        heads, mesh = args["k_cache"].shape[1], args["k_cache"].device_mesh
+        if all(heads % mesh.size(i) == 0 for i in range(mesh.ndim)):
+            yield Split({**dict.fromkeys(caches + rows, 1), "sinks": 0}, (1, 1))
+        if args["block_table"] is None:
+            yield Split(dict.fromkeys((*caches, *rows, "cache_seqlens"), 0), (0, 0))
 
     @staticmethod
     def flops(q, k_cache, v_cache, cache_seqlens, key, value, block_table, *others):

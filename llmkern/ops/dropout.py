@@ -1,12 +1,13 @@
 """Dropout without a stored mask, with an optional residual add."""
 
+import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import philox
+from . import philox, sharding
 from .op import Make, Op, Sample, opmath, register, rows
 
 
@@ -48,8 +49,26 @@ def dropout(
         )
     if not training or p == 0:
         return x if residual is None else x + residual
-    seed = philox.new_seed(x.device, seed)
-    return DROPOUT.apply(_matrix(x), _matrix(residual), seed, float(p)).view(x.shape)
+    seed = philox.new_seed(x, seed)
+    if sharding.is_sharded(x):
+        return _on_parts(x, float(p), seed, residual)
+    return DROPOUT.apply(_matrix(x), _matrix(residual), seed, float(p), 0).view(x.shape)
+
+
+def _on_parts(x: Tensor, p: float, seed: Tensor, residual: Tensor | None) -> Tensor:
+    """Of a DTensor: each process drops in its own rows what one process would drop there."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    rows_apart = x.dim() > 1
+    split = [Shard(0) if rows_apart and at.is_shard(0) else Replicate() for at in x.placements]
+    local, added = (
+        None if t is None
+        else sharding.like(t, x).redistribute(x.device_mesh, split).to_local(grad_placements=split)
+        for t in (x, residual)
+    )  # fmt: skip
+    first = sharding.part(x, split)[0] * math.prod(x.shape[1:-1])
+    y = DROPOUT.apply(_matrix(local), _matrix(added), seed, p, first).view(local.shape)
+    return DTensor.from_local(y, x.device_mesh, split, run_check=False, shape=x.shape, stride=x.stride())
 
 
 def _matrix(x: Tensor | None) -> Tensor | None:
@@ -60,10 +79,10 @@ def _matrix(x: Tensor | None) -> Tensor | None:
     return x.reshape(rows(x, width), width).contiguous()
 
 
-def _factors(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """What the elements of x (N, D) are multiplied by."""
+def _factors(x: Tensor, seed: Tensor, p: float, first: int = 0) -> Tensor:
+    """What the elements of x (N, D), which begins at row `first`, are multiplied by."""
     places, cols = (torch.arange(size, device=x.device) for size in x.shape)
-    return philox.factors(seed, places[:, None], cols, p, opmath(x.dtype))
+    return philox.factors(seed, first + places[:, None], cols, p, opmath(x.dtype))
 
 
 @register
@@ -84,12 +103,12 @@ class DROPOUT(Op):
     public = staticmethod(dropout)
 
     @staticmethod
-    def reference(x: Tensor, residual: Tensor | None, seed: Tensor, p: float) -> Tensor:
-        y = x.to(opmath(x.dtype)) * _factors(x, seed, p)
+    def reference(x: Tensor, residual: Tensor | None, seed: Tensor, p: float, first: int) -> Tensor:
+        y = x.to(opmath(x.dtype)) * _factors(x, seed, p, first)
         return (y if residual is None else y + residual).to(x.dtype)
 
     @staticmethod
-    def outputs(x, residual, seed, p):
+    def outputs(x, residual, seed, p, first):
         return x.new_empty(x.shape)
 
     @staticmethod
@@ -97,19 +116,19 @@ class DROPOUT(Op):
         return args[2:]
 
     @staticmethod
-    def reference_bwd(dy: Tensor, seed: Tensor, p: float, needs: list[bool]) -> Tensor:
-        return (dy.to(opmath(dy.dtype)) * _factors(dy, seed, p)).to(dy.dtype)
+    def reference_bwd(dy: Tensor, seed: Tensor, p: float, first: int, needs: list[bool]) -> Tensor:
+        return (dy.to(opmath(dy.dtype)) * _factors(dy, seed, p, first)).to(dy.dtype)
 
     @staticmethod
-    def outputs_bwd(dy, seed, p, needs):
+    def outputs_bwd(dy, seed, p, first, needs):
         return dy.new_empty(dy.shape if needs[0] else 0)
 
     @staticmethod
-    def flops(x, residual, seed, p):
+    def flops(x, residual, seed, p, first):
         return x.numel() * (1 if residual is None else 2)
 
     @staticmethod
-    def flops_bwd(dy, seed, p, needs):
+    def flops_bwd(dy, seed, p, first, needs):
         return dy.numel()
 
     @staticmethod

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .op import Make, Op, Sample, empty, opmath, register
+from .sharding import SUM, Split, like, wanted
 
 
 def embedding(
@@ -70,7 +71,7 @@ def _check(
             raise ValueError("embedding: position_ids is given without position_weight")
         return idx, None
     if position_ids is None:
-        position_ids = torch.arange(idx.shape[-1] if idx.dim() else 1, device=idx.device)
+        position_ids = like(torch.arange(idx.shape[-1] if idx.dim() else 1, device=idx.device), idx)
         position_ids = position_ids if idx.dim() else position_ids[0]
     sizes = zip(reversed(position_ids.shape), reversed(idx.shape))
     if position_ids.dim() > idx.dim() or any(size not in (1, full) for size, full in sizes):
@@ -153,6 +154,16 @@ class EMBEDDING(Op):
         sizes = zip((rows, positions), needs)
         dweight, dposition = (dy.new_empty(n, dy.shape[1]) if need else empty(dy) for n, need in sizes)
         return dweight, dposition
+
+    @staticmethod
+    def splits(half, args):
+        """By tokens, or by columns of the tables."""
+        if half == "fwd":
+            yield Split({"idx": 0, "position_ids": 0}, (0,))
+            yield Split({"weight": 1, "position_weight": 1}, (1,))
+        else:
+            for split, where in (({"dy": 0, "idx": 0, "position_ids": 0}, SUM), ({"dy": 1}, 1)):
+                yield Split(split, tuple(wanted(need, where) for need in args["needs"]))
 
     @staticmethod
     def flops(idx, weight, position_weight, position_ids, padding_idx):

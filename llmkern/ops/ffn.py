@@ -69,7 +69,7 @@ def ffn(
     flat = x.reshape(rows(x, x.shape[-1]), x.shape[-1]).contiguous()
     fused = residual is not None and residual.dtype == x.dtype
     added = residual.reshape(flat.shape[0], shape[-1]).contiguous() if fused else None
-    seed = philox.new_seed(x.device, dropout_seed) if dropout_p or output_dropout_p else None
+    seed = philox.new_seed(x, dropout_seed) if dropout_p or output_dropout_p else None
     options = f, float(dropout_p), float(output_dropout_p), keep and not recompute
     y = FFN.apply(flat, *weights, added, seed, *options).view(shape)
     return y if residual is None or fused else residual + y

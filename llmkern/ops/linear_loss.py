@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, linear_loss_parts
 from .loss import check_targets, loss_factor, reduce_losses
 from .op import Make, Op, Sample, autocast, empty, opmath, register
 from .sharding import SUM, Split, wanted
@@ -71,6 +71,10 @@ def reduced_loss(
     ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The op on checked tensors, and what `reduction` makes of its losses, in `dtype`."""
+    if linear_loss_parts.is_split(head):
+        options = ignore_index, float(label_smoothing), float(z_loss), float(softcap)
+        losses = linear_loss_parts.losses_of_parts(input, head, bias, target, weight, *options)
+        return reduce_losses(losses, dtype, target, weight, ignore_index, reduction)
     flat = input.reshape(target.numel(), input.shape[-1]).contiguous()
     bias = None if bias is None else bias.contiguous()
     early = [_wants_early(t, reduction) for t in (flat, head, bias)]
@@ -81,7 +85,7 @@ def reduced_loss(
         factor = loss_factor(sums, target, weight, ignore_index) if mean else input.new_ones((), dtype=sums)
     losses = LINEAR_CROSS_ENTROPY.apply(
         flat, head, bias, target.reshape(-1), None if weight is None else weight.contiguous(), factor,
-        ignore_index, float(label_smoothing), float(z_loss), float(softcap), early,
+        ignore_index, float(label_smoothing), float(z_loss), float(softcap), 0, head.shape[0], early,
     ).reshape(target.shape)  # fmt: skip
     return reduce_losses(losses, dtype, target, weight, ignore_index, reduction)
 
@@ -167,6 +171,14 @@ def _gradients_of_rows(needs: list[bool]) -> list[int | str | None]:
     return [wanted(need, where) for need, where in zip(needs, (0, SUM, SUM))]
 
 
+def places(target: Tensor, ignore_index: int, first: int, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether targets count (N,), their rows of the head (N, 1), whether the head has these (N, 1)."""
+    kept = target != ignore_index
+    t = (target - first)[:, None]
+    here = kept[:, None] & (t >= 0) & (t < head.shape[0])
+    return kept, t.where(here, 0), here
+
+
 @register
 class LINEAR_CROSS_ENTROPY(Op):
     """loss = (1 - ε) w[t] (lse - z[t]) + ε/C Σ_c w[c] (lse - z[c]) + ζ lse²,  z = cap(x Wᵀ + b)
@@ -178,6 +190,9 @@ class LINEAR_CROSS_ENTROPY(Op):
     4 N C D for dx = dz W and dW = dzᵀ x.  Both gradients are summed in float32 and rounded once.  Where
     forward is told the gradient of its losses, one factor for all, it can make the gradients there; backward
     then only scales them, if it turns out to be a multiple.
+
+    A head may be a part of the layer, its classes from `first` on of `classes`: then loss is a sum over the
+    parts, with lse of the part, and without ζ (linear_loss_parts.py).
     """
 
     name = "linear_cross_entropy"
@@ -194,24 +209,24 @@ class LINEAR_CROSS_ENTROPY(Op):
     def reference(
         x: Tensor, head: Tensor, bias: Tensor | None, target: Tensor, weight: Tensor | None,
         factor: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
-        early: list[bool],
+        first: int, classes: int, early: list[bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        classes = head.shape[0]
         check_targets("linear_cross_entropy", target, classes, ignore_index)
         z = _logits(x, head, bias, softcap)  # (N, C)
-        kept = target != ignore_index
-        t = target.where(kept, 0)[:, None]  # (N, 1)
+        kept, t, here = places(target, ignore_index, first, head)
         w = z.new_ones(classes) if weight is None else weight.to(z.dtype)
+        hot = (1 - label_smoothing) * w[target.where(kept, 0)] * here[:, 0]
+        w = w[first : first + head.shape[0]]
         top = z.detach().amax(-1)  # (N,)
         z = z - top[:, None]
         log_total = z.exp().sum(-1).log()  # (N,)
-        loss = (1 - label_smoothing) * w[t[:, 0]] * (log_total - z.gather(1, t)[:, 0])
+        loss = hot * (log_total - z.gather(1, t)[:, 0])
         if label_smoothing:
             loss = loss + label_smoothing / classes * (w * (log_total[:, None] - z)).sum(-1)
         loss = loss + z_loss * (top + log_total).square()
         grads = (empty(x),) * 3
         if factor is not None:
-            options = (factor, *grads, ignore_index, label_smoothing, z_loss, softcap)
+            options = (factor, *grads, ignore_index, label_smoothing, z_loss, softcap, first, classes)
             dloss = factor.expand(target.shape)
             grads = LINEAR_CROSS_ENTROPY.reference_bwd(
                 dloss, x, head, bias, target, weight, top, log_total, *options, early
@@ -219,7 +234,8 @@ class LINEAR_CROSS_ENTROPY(Op):
         return torch.where(kept, loss, 0.0), top, log_total, *(g.clone() for g in grads)
 
     @staticmethod
-    def outputs(x, head, bias, target, weight, factor, ignore_index, label_smoothing, z_loss, softcap, early):
+    def outputs(x, head, bias, *others):
+        early = others[-1]
         loss = x.new_empty(x.shape[0], dtype=opmath(x.dtype))
         grads = (x.new_empty(t.shape) if need else empty(x) for t, need in zip((x, head, bias), early))
         return loss, torch.empty_like(loss), torch.empty_like(loss), *grads
@@ -237,18 +253,17 @@ class LINEAR_CROSS_ENTROPY(Op):
         dloss: Tensor, x: Tensor, head: Tensor, bias: Tensor | None, target: Tensor, weight: Tensor | None,
         top: Tensor, log_total: Tensor, factor: Tensor | None, early_dx: Tensor, early_dhead: Tensor,
         early_dbias: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
-        needs: list[bool],
+        first: int, classes: int, needs: list[bool],
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         z = _logits(x, head, bias, softcap)
-        classes = head.shape[0]
-        kept = target != ignore_index
-        t = target.where(kept, 0)[:, None]
+        kept, t, here = places(target, ignore_index, first, head)
         w = z.new_ones(classes) if weight is None else weight.to(z.dtype)
         lse = (top + log_total)[:, None]
-        hot = (1 - label_smoothing) * w[t]  # (N, 1), the weight of the target's own term
+        hot = (1 - label_smoothing) * w[target.where(kept, 0), None]  # (N, 1), of the target's own term
         smooth = label_smoothing / classes
         dz = (z - top[:, None] - log_total[:, None]).exp() * (hot + smooth * w.sum() + 2 * z_loss * lse)
-        dz = (dz - smooth * w).scatter_add(1, t, -hot) * torch.where(kept, dloss, 0.0)[:, None]
+        dz = dz - smooth * w[first : first + head.shape[0]]
+        dz = dz.scatter_add(1, t, -hot * here) * torch.where(kept, dloss, 0.0)[:, None]
         if softcap:
             dz = dz * (1 - (z / softcap).square())
         wide, dz = dz, dz.to(x.dtype)

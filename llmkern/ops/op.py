@@ -21,7 +21,7 @@ from . import dispatch, sharding
 from .dispatch import tensors
 from .sharding import Split
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 LIBRARY = torch.library.Library("llmkern", "DEF")
 OPS: dict[str, "Op"] = {}
 
@@ -250,7 +250,10 @@ def _with_autograd(op: Op) -> Callable[..., Any]:
                     saved = op.save(args, outs if isinstance(outs, tuple) else (outs,))
                 found = op.reference_bwd(*grads, *saved, needs)
             else:
-                found = op.bwd(*(None if g is None else op.prepare_grad(g) for g in grads), *saved, needs)
+                given = (*(None if g is None else op.prepare_grad(g) for g in grads), *saved)
+                if type(given[0]) not in _PLAIN:
+                    given = sharding.look_at(given, OPS)
+                found = op.bwd(*given, needs)
             found = found if isinstance(found, tuple) else (found,)
             return tuple(
                 None if not wanted
@@ -260,11 +263,12 @@ def _with_autograd(op: Op) -> Callable[..., Any]:
                 for slot, passing, wanted in zip(slots, passed, ctx.needs_input_grad)
             )  # fmt: skip
 
+    second = min(1, len(names) - 1)
     positions = [i for i, both in enumerate(zip(slots, passed)) if both != (None, None)]
 
     def apply(*args):
-        if type(args[0]) not in _PLAIN:
-            sharding.look_at(args, OPS)
+        if type(args[0]) not in _PLAIN or type(args[second]) not in _PLAIN:
+            args = sharding.look_at(args, OPS)
         if torch.is_grad_enabled():
             for i in positions:
                 if args[i] is not None and args[i].requires_grad:
@@ -279,15 +283,18 @@ def _with_autograd(op: Op) -> Callable[..., Any]:
 
 def _without_autograd(op: Op) -> Callable[..., Any]:
     """The forward half, for ops of inference and of optimizers."""
+    second = min(1, len(op.fwd._schema.arguments) - 1)
 
     def apply(*args):
-        if type(args[0]) not in _PLAIN:
-            sharding.look_at(args, OPS)
+        if type(args[0]) not in _PLAIN or type(args[second]) not in _PLAIN:
+            args = sharding.look_at(args, OPS)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors(args)):
             raise RuntimeError(
                 f"{op.name} has no backward, and an argument requires a gradient; "
                 "call it under torch.no_grad() or with detached tensors"
             )
+        if op.mutates and any(map(sharding.is_sharded, args)):
+            return sharding.run_in_place(op, args)
         return op.fwd(*args)
 
     return apply

@@ -1,9 +1,11 @@
 """AdamW: one step of all parameters in one pass, and the norm of all gradients."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from . import philox
+from . import philox, sharding
 from .op import Op, Sample, opmath, register
 from .optim_state import blocks, dequantize_state, quantize_state
 
@@ -43,11 +45,27 @@ def adamw(
         raise ValueError(f"adamw: step is {step}, expected at least 1")
     if seed is not None and any(p.dtype != torch.bfloat16 for p in params):
         raise ValueError("adamw: seed is given and a parameter is not bfloat16, expected bfloat16 parameters")
+    if any(map(sharding.is_sharded, params)):
+        params, grads, exp_avgs, exp_avg_sqs, *optional = _parts(
+            params, grads, exp_avgs, exp_avg_sqs, *optional
+        )
     if params:
         ADAMW.apply(
             params, [g.contiguous() for g in grads], exp_avgs, exp_avg_sqs, *optional,
             grad_scale, seed, step, lr, beta1, beta2, weight_decay, eps, maximize,
         )  # fmt: skip
+
+
+def _parts(params: list[Tensor], grads: list[Tensor], *states: list[Tensor]) -> Iterator[list[Tensor]]:
+    """This process's parts of DTensors: a step looks at no other element."""
+    for many in (params, grads, *states):
+        for p, t in zip(params, many):
+            if many is not grads and getattr(t, "placements", None) != getattr(p, "placements", None):
+                raise ValueError("adamw: a state is not split as its parameter is, expected both alike")
+        yield [
+            t.redistribute(placements=p.placements).to_local() if sharding.is_sharded(p) else t
+            for p, t in zip(params, many)
+        ]
 
 
 def grad_norm(grads: list[Tensor]) -> Tensor:
@@ -65,7 +83,30 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
     if not grads:
         raise ValueError("grad_norm: grads is empty, expected at least one tensor")
     _one_device("grad_norm", grads)
+    if any(map(sharding.is_sharded, grads)):
+        return _norm_of_parts(grads)
     return GRAD_NORM.apply([g.contiguous() for g in grads])
+
+
+def _norm_of_parts(grads: list[Tensor]) -> Tensor:
+    """Of DTensors too: the norms of the parts of those that are split alike, then the norm of these norms."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    together: dict[tuple, list[Tensor]] = {}
+    for g in grads:
+        key: tuple = (None,)
+        if sharding.is_sharded(g):
+            split = [p if p.is_shard() else Replicate() for p in g.placements]
+            key, g = (g.device_mesh, *split), g.redistribute(placements=split).to_local()
+        together.setdefault(key, []).append(g.contiguous())
+    squares = []
+    for (mesh, *split), parts in together.items():
+        square = GRAD_NORM.apply(parts).square()
+        if mesh is not None:
+            terms = [Partial() if p.is_shard() else p for p in split]
+            square = DTensor.from_local(square, mesh, terms, run_check=False).full_tensor()
+        squares.append(square)
+    return torch.stack(squares).sum().sqrt()
 
 
 def _one_device(op: str, tensors: list[Tensor]) -> None:

@@ -9,22 +9,27 @@ rounds, the fewest that pass BigCrush (their table 2).  The number of place (row
 import torch
 from torch import Tensor
 
+from . import sharding
+
 ROUNDS = 7
 
 
-def new_seed(device: torch.device, seed: Tensor | None = None) -> Tensor:
-    """`seed` on `device`, or a new one from torch's generator there: int64, one element.
+def new_seed(x: Tensor, seed: Tensor | None = None) -> Tensor:
+    """`seed` on the device of x, or a new one from torch's generator there: int64, one element.
+
+    For a DTensor it is that of the first process of the mesh, so that all drop the same.
 
     A tensor, not a number: it is drawn anew inside CUDA graphs and compiled code, and costs no
     synchronisation.
     """
     if seed is None:
-        return torch.randint(2**63 - 1, (), device=device)
+        drawn = torch.randint(2**63 - 1, (), device=x.device)
+        return sharding.same(drawn, x.device_mesh) if sharding.is_sharded(x) else drawn
     if seed.dtype != torch.int64 or seed.numel() != 1:
         raise ValueError(
             f"dropout seed is {seed.dtype} of shape {tuple(seed.shape)}, expected one torch.int64"
         )
-    return seed.to(device)
+    return seed.to(x.device)
 
 
 def factors(seed: Tensor, rows: Tensor, cols: Tensor, p: float, dtype: torch.dtype) -> Tensor:

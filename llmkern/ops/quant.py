@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .op import Make, Op, Sample, autocast, empty, opmath, register
 from .quant_weight import BLOCK, QuantWeight, depth, dequantize, quantize
+from .sharding import SUM, Split, wanted
 
 
 def quant_linear(
@@ -143,6 +144,29 @@ class QUANT_LINEAR(Op):
             dy.new_empty(dy.shape[0], depth(qweight)) if needs[0] else empty(dy),
             dy.new_empty(dy.shape[1]) if needs[1] else empty(dy),
         )
+
+    @staticmethod
+    def splits(half, args):
+        """By rows of x, by outputs, or by inputs where every device has whole groups."""
+        qweight, scales, mesh = args["qweight"].tensor_meta, args["scales"], args["qweight"].mesh
+        tables = ("scales", "mins")
+        outs = {"qweight": 0, **dict.fromkeys(tables, 0)}
+        groups = scales.shape[1]
+        devices = [mesh.size(i) for i in range(mesh.ndim)]
+        unit = depth(qweight) // groups if groups > 1 else 1 if qweight.dtype == torch.int8 else BLOCK
+        even = all(depth(qweight) % (n * unit) == 0 for n in devices)
+        inner = {"qweight": 1, **(dict.fromkeys(tables, 1) if groups > 1 else {})}
+        if half == "fwd":
+            yield Split({"x": 0}, (0,))
+            yield Split({**outs, "bias": 0}, (1,))
+            if even and args["bias"] is None:
+                yield Split({"x": 1, **inner}, (SUM,))
+        else:
+            dx, dbias = args["needs"]
+            yield Split({"dy": 0}, (wanted(dx, 0), wanted(dbias, SUM)))
+            yield Split({"dy": 1, **outs}, (wanted(dx, SUM), wanted(dbias, 0)))
+            if even:
+                yield Split(inner, (wanted(dx, 1), None))
 
     @staticmethod
     def flops(x, qweight, scales, mins, bias):

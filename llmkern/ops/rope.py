@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .op import Make, Op, Sample, empty, opmath, register
 from .rope_table import rope_table
+from .sharding import Split, wanted
 
 
 def rope(
@@ -135,6 +136,25 @@ class Rope(Op):
         "Black et al. 2022, GPT-NeoX-20B, arXiv:2204.06745, sec. 2.1.1 (partial)"
     )
     constant = ("cos", "sin")
+
+    @staticmethod
+    def splits(half, args):
+        """By sequences, heads, or tokens if each has a row of tables of its own, or a position."""
+        ids, cos = args["position_ids"], args["cos"]
+        of = ("query", "key") if half == "fwd" else ("dquery_out", "dkey_out")
+        there = (True, args["key"] is not None) if half == "fwd" else args["needs"]
+        batch, _, length, _ = args[of[0]].shape
+
+        def split(dim: int, **tables: int) -> Split:
+            heads = {name: dim for name in of if args[name] is not None and len(args[name].shape) == 4}
+            return Split({**heads, **tables}, tuple(wanted(t, dim) for t in there))
+
+        yield split(0, **({"position_ids": 0} if ids is not None and ids.shape[0] == batch > 1 else {}))
+        yield split(1)
+        if ids is not None:
+            yield split(2, position_ids=1)
+        elif cos.shape[0] == length:
+            yield split(2, cos=0, sin=0)
 
     @staticmethod
     def flops(query, key, cos, sin, position_ids, interleaved):

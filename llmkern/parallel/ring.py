@@ -90,7 +90,7 @@ class RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mesh: DeviceMesh, dropout_p: float) -> Tensor:
         op, n, r, half = OPS["attention"], mesh.size(), mesh.get_local_rank(), q.shape[2] // 2
-        ring, seeds = Ring(mesh, k, v), [new_seed(q.device) if dropout_p else None for _ in range(n)]
+        ring, seeds = Ring(mesh, k, v), [new_seed(q) if dropout_p else None for _ in range(n)]
         out = q.new_zeros(*q.shape[:3], v.shape[3], dtype=torch.float32)
         lse = q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
         for step in range(n):

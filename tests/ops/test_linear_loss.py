@@ -74,7 +74,7 @@ def test_gradients_from_forward(dtype: torch.dtype):
     """They are those of backward: scaled by what came, made anew if that is no multiple of them."""
     op = OPS["linear_cross_entropy"]
     x, head, target = randn(600, 24).to(dtype), randn(1100, 24).to(dtype), integers(1100, 600)
-    plain = (x, head, None, target, None), (-100, 0.0, 0.0, 0.0)
+    plain = (x, head, None, target, None), (-100, 0.0, 0.0, 0.0, 0, 1100)
     factor = torch.tensor(0.25)
     early = op.fwd(*plain[0], factor, *plain[1], [True, True, False])
     late = op.fwd(*plain[0], None, *plain[1], [False] * 3)
