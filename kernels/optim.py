@@ -84,7 +84,11 @@ def _table(lists: list[list[Tensor]], rows: Sequence[int]) -> tuple[Tensor, int,
 
 @triton.jit
 def _tensor_of(table, count, BLOCK: tl.constexpr):
-    """(tensor of this program, its elements, those that exist)."""
+    """(tensor of this program, its first element, the tensor's size).
+
+    A block that lies in its tensor needs no mask; the size, which the compiler does not know, would keep it
+    from accesses of 16 bytes.
+    """
     block = tl.program_id(0)
     low, high = 0, count
     while high - low > 1:  # the last tensor whose first block is not behind this one
@@ -93,8 +97,7 @@ def _tensor_of(table, count, BLOCK: tl.constexpr):
             low = middle
         else:
             high = middle
-    at = (block - tl.load(table + low)) * BLOCK + tl.arange(0, BLOCK)
-    return low, at, at < tl.load(table + count + low)
+    return low, (block - tl.load(table + low)) * BLOCK, tl.load(table + count + low)
 
 
 @triton.jit
@@ -121,7 +124,28 @@ def _adamw_kernel(
     P: tl.constexpr, S: tl.constexpr, AMSGRAD: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tensor, at, inside = _tensor_of(table, count, BLOCK)
+    tensor, at, size = _tensor_of(table, count, BLOCK)
+    if at + BLOCK <= size:
+        _adamw_block(
+            table, count, tensor, at + tl.arange(0, BLOCK), tl.full((BLOCK,), 1, tl.int1), codes, grad_scale,
+            seed, sign, keep, beta1, grad1, beta2, grad2, rate, root, eps, P, S, AMSGRAD, MASTERS,
+            ALIGNED, BLOCK,
+        )  # fmt: skip
+    else:
+        elements = at + tl.arange(0, BLOCK)
+        _adamw_block(
+            table, count, tensor, elements, elements < size, codes, grad_scale,
+            seed, sign, keep, beta1, grad1, beta2, grad2, rate, root, eps, P, S, AMSGRAD, MASTERS,
+            ALIGNED, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _adamw_block(
+    table, count, tensor, at, inside, codes, grad_scale, seed, sign, keep, beta1, grad1, beta2, grad2, rate,
+    root, eps, P: tl.constexpr, S: tl.constexpr, AMSGRAD: tl.constexpr, MASTERS: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     p = _address(table, count, 0, tensor, P, ALIGNED) + at
     g = _address(table, count, 1, tensor, P, ALIGNED) + at
     m, v = _address(table, count, 2, tensor, S, ALIGNED), _address(table, count, 3, tensor, S, ALIGNED)
@@ -166,6 +190,10 @@ def _adamw_kernel(
 def _squares_kernel(
     table, count, partial, P: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    tensor, at, inside = _tensor_of(table, count, BLOCK)
-    x = tl.load(_address(table, count, 0, tensor, P, ALIGNED) + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(partial + tl.program_id(0), tl.sum(x * x, 0))
+    tensor, at, size = _tensor_of(table, count, BLOCK)
+    x = _address(table, count, 0, tensor, P, ALIGNED) + at + tl.arange(0, BLOCK)
+    if at + BLOCK <= size:
+        values = tl.load(x).to(tl.float32)
+    else:
+        values = tl.load(x, mask=at + tl.arange(0, BLOCK) < size, other=0.0).to(tl.float32)
+    tl.store(partial + tl.program_id(0), tl.sum(values * values, 0))
