@@ -107,11 +107,12 @@ def calibrate(profile: Profile, dtype: torch.dtype, probes: list[Probe] = PROBES
     beside = []
     for workload, tracers in zip(workloads, zip(*rounds)):
         calls = tracers[0].calls
-        for call, *others in zip(calls, *(t.calls for t in tracers[1:])):
-            call.seconds = median([call.seconds, *(other.seconds for other in others)])
+        times = [[call.seconds for call in same] for same in zip(*(tracer.calls for tracer in tracers))]
+        for call, seconds in zip(calls, times):
+            call.seconds = median(seconds)
         _collect(calls, profile, found)
-        whole = median(time_steps(workload, 5, 0.3))
-        beside.append((whole - sum(call.seconds for call in calls)) / len(calls))
+        whole = min(time_steps(workload, 5, 0.3))
+        beside.append((whole - sum(map(min, times))) / len(calls))
     if not profile.launch:
         profile.launch = max(0.0, *beside[:2])  # of the smallest models, where it is most of the time
     for name, table in found.items():
