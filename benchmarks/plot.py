@@ -73,7 +73,7 @@ def trainings(path: Path, trainers: dict, recipe: str, machine: dict) -> None:
         steps, seconds, held_out = zip(*found["validations"])
         label = f"{name}, held-out text"
         by_step.plot(steps, held_out, "o-", color=color, linewidth=width, label=label)
-        by_time.plot(seconds, held_out, "o-", color=color, label=f"{label}: {found['seconds']:.0f} s")
+        by_time.plot(seconds, held_out, "o-", color=color, label=f"{name}, {found['seconds']:.0f} s in all")
     by_step.set(xlabel="step", ylabel="loss (nats per token)")
     by_time.set(xlabel="seconds of this trainer's own steps")
     for axes in (by_step, by_time):

@@ -44,7 +44,7 @@ RECIPES = {  # nanoGPT, README: "I only have a macbook", and the one for a GPU
 }  # fmt: skip
 PEER, DTYPES = "nanoGPT-like", ("float32", "bfloat16")
 TURN = 10  # steps, so that each finds its own data in the caches
-Seconds = dict[str, list[float]]
+Seconds = dict[str, list[tuple[float, float]]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,25 +96,33 @@ def _peer(run: Run, model: GPT, folder: Path) -> NanoGPT:
 
 
 def take_turns(trainers: dict[str, Iterator[int]]) -> Seconds:
-    """Run all generators to their ends, TURN steps at a time; seconds of every step, the end as the last."""
+    """Run all generators to their ends, TURN steps at a time.
+
+    Returns:
+        For each the seconds of the clock and of the processor of every step, the end as the last.
+    """
     seconds: Seconds = {name: [] for name in trainers}
     running = dict(trainers)
     while running:
         for name, steps in list(running.items()):
             for _ in range(TURN):
-                begin = time.perf_counter()
+                begin, cpu = time.perf_counter(), time.process_time()
                 ended = next(steps, None) is None
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append((time.perf_counter() - begin, time.process_time() - cpu))
                 if ended:
                     del running[name]
                     break
     return seconds
 
 
-def _about(seconds: list[float], losses: list[float], validations: list[tuple[int, float]]) -> dict:
+def _about(
+    times: list[tuple[float, float]], losses: list[float], validations: list[tuple[int, float]]
+) -> dict:
     """What is kept of a trainer; a validation is (step, seconds until it began, loss)."""
+    seconds, processor = zip(*times)
     return {
         "seconds": sum(seconds),
+        "processor_seconds": sum(processor),
         "step_seconds": median(seconds),
         "loss": [round(loss, 5) for loss in losses],
         "validations": [(step, sum(seconds[:step]), loss) for step, loss in validations],
@@ -144,14 +152,14 @@ def show(found: dict) -> None:
 def verdicts(trainers: dict) -> Iterator[str]:
     """A sentence on each of ours against the peer."""
     peer = trainers[PEER]
-    step = peer["step_seconds"]
     for name, ours in list(trainers.items())[1:]:
         apart = max(abs(a - b) for a, b in zip(peer["loss"], ours["loss"]))
+        gains = {key: peer[key] / ours[key] for key in ("seconds", "processor_seconds", "step_seconds")}
         yield (
-            f"{name}: {ours['seconds']:.1f} s against {peer['seconds']:.1f} s all in all, "
-            f"{peer['seconds'] / ours['seconds']:.2f} x; median step {ours['step_seconds'] * 1e3:.2f} ms "
-            f"against {step * 1e3:.2f} ms, {step / ours['step_seconds']:.2f} x; "
-            f"losses of all steps apart by at most {apart:.1e}"
+            f"{name}: {ours['seconds']:.1f} s against {peer['seconds']:.1f} s, {gains['seconds']:.2f} x; "
+            f"{gains['processor_seconds']:.2f} x of processor time; median step "
+            f"{ours['step_seconds'] * 1e3:.1f} ms against {peer['step_seconds'] * 1e3:.1f} ms, "
+            f"{gains['step_seconds']:.2f} x; losses of all steps apart by at most {apart:.1e}"
         )
 
 

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     },
     "llmkern/plan": {"plan", "models", "errors", "display"},
     "llmkern/generate": {"generate", "models", "text", "load", "errors"},
-    "llmkern/evaluate": {"evaluate", "models", "text", "load", "display", "plots", "errors"},
+    "llmkern/evaluate": {"evaluate", "generate", "models", "text", "load", "display", "plots", "errors"},
     "llmkern/finetune": {
         "finetune",
         "evaluate",

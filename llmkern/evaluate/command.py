@@ -1,4 +1,4 @@
-"""Measure a model: loss, perplexity and bits per byte of a text, or accuracy and F1 of a classifier."""
+"""Measure a model: the loss of a text, accuracy and F1 of a classifier, or tasks of lm-eval."""
 
 import argparse
 import json
@@ -16,13 +16,17 @@ from ..text.labelled import encode_rows, read_table
 from ..text.shards import Data
 from .classes import score
 from .language import predictability
-from .show import save_scores, show_scores
+from .show import save_scores, show_scores, show_tasks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_arguments(parser)
-    parser.add_argument("data", metavar="DATA", help=
+    parser.add_argument("data", metavar="DATA", nargs="?", help=
         "for a classifier a table of texts and labels; else text, or a folder of prepared data")  # fmt: skip
+    parser.add_argument("--tasks", metavar="A,B", help="instead of DATA, tasks of lm-eval, such as hellaswag")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N examples of each task")
+    parser.add_argument("--include-path", metavar="FOLDER", help="with the YAML files of more tasks")
+    parser.add_argument("--few-shot", type=int, metavar="N", help="examples before each question of a task")
     parser.add_argument("--text-column", default="text", metavar="NAME", help="of the texts; text")
     parser.add_argument("--label-column", default="label", metavar="NAME", help="of the labels; label")
     parser.add_argument("--split", choices=("train", "val"), default="val", help="of prepared data; val")
@@ -35,9 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}, expected 1 or more")
+    if (args.data is None) == (args.tasks is None):
+        raise UserError("expected DATA, such as a text or a table, or --tasks of the harness, and not both")
     model, tokenizer = load.load_from(args)
     console = display.make_console()
-    measure = _classes if isinstance(model, Classifier) else _language
+    measure = _tasks if args.tasks else _classes if isinstance(model, Classifier) else _language
     measure(console, args, model, tokenizer)
     return 0
 
@@ -64,10 +70,26 @@ def _language(console: Console, args: argparse.Namespace, model, tokenizer) -> N
         f"{result.bits_per_byte:.4f} bits per byte"
     )
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / "evaluation.json"
-        path.write_text(json.dumps({"data": args.data, **result.summary()}, indent=1) + "\n")
-        console.print(f"Saved {path}.", soft_wrap=True)
+        _save(console, args.out, {"data": args.data, **result.summary()})
+
+
+def _tasks(console: Console, args: argparse.Namespace, model, tokenizer) -> None:
+    try:
+        from .harness import HarnessModel, measure_tasks
+    except ImportError as error:
+        raise UserError(f"--tasks needs the library lm-eval ({error}); `pip install llmkern[eval]`") from None
+    adapter = HarnessModel(model, tokenizer, args.batch_size)
+    results = measure_tasks(adapter, args.tasks.split(","), args.limit, args.few_shot, args.include_path)
+    show_tasks(console, results)
+    if args.out is not None:
+        _save(console, args.out, {"tasks": results})
+
+
+def _save(console: Console, folder: Path, found: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "evaluation.json"
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    console.print(f"Saved {path}.", soft_wrap=True)
 
 
 def _tokens(args: argparse.Namespace, tokenizer) -> torch.Tensor:

@@ -27,6 +27,21 @@ def show_scores(console: Console, scores: Scores) -> None:
     console.print(table)
 
 
+def show_tasks(console: Console, results: dict[str, dict[str, Any]]) -> None:
+    """A table of tasks and their measures, as the harness names them."""
+    table = Table("task", "measure")
+    for name in ("value", "± standard error"):
+        table.add_column(name, justify="right")
+    for task, measures in results.items():
+        for name, value in measures.items():
+            measure, _, filtered = name.partition(",")
+            if not filtered or measure.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            error = measures.get(f"{measure}_stderr,{filtered}")
+            table.add_row(task, measure, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else "")
+    console.print(table)
+
+
 def save_scores(console: Console, folder: Path, scores: Scores, name: str, more: dict[str, Any]) -> None:
     """`name`.json, and confusion.png where matplotlib is installed; says what was saved."""
     folder.mkdir(parents=True, exist_ok=True)
