@@ -1,6 +1,7 @@
 """Who writes in `benchmarks.decode`: llmkern, llama.cpp, Hugging Face, with the weights of one GGUF file."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,6 +123,7 @@ def _llama_cpp(file: Path) -> Write:
 def _hugging_face(model: Llama) -> Write:
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+    warnings.filterwarnings("ignore", "`past_key_values` is deprecated")  # by its only name until 5.24
     c = model.config
     names = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

@@ -38,8 +38,7 @@ def run(decode, monkeypatch, tmp_path, capsys):
 
     both = [writer("llmkern Q4_1, fp32", 250.0, 40, 10**8), writer("Hugging Face fp32", 13.0)]
     monkeypatch.setattr(decode, "writers", lambda file: iter(both))
-    found = decode.ceilings.Ceilings({}, {2**20: {"read": 30e9}})
-    monkeypatch.setattr(decode.ceilings, "measure", lambda *args: found)
+    monkeypatch.setattr(decode, "reading", lambda count: count / 30e9)
     return start
 
 
@@ -49,7 +48,7 @@ def test_rates_and_the_floor(run):
     assert [len(ours["rounds"][kind]) for kind in ("decode", "prefill", "decode after 512")] == [3, 3, 3]
     assert ours["decode"] == pytest.approx(250) and ours["decode after 512"] == pytest.approx(250)
     assert ours["prefill"] == pytest.approx(1250) and theirs["decode"] == pytest.approx(13)
-    assert ours["floor"] == pytest.approx(300)  # 30 GB/s over 0.1 GB
+    assert ours["memory"] == pytest.approx(300) and ours["of_memory"] == pytest.approx(250 / 300)
     assert ours["same_text"] == 40 and theirs["same_text"] == 64
     assert "decode: 250 of 200 tokens/s, llmkern Q4_1, fp32: reached" in text
     assert "83%" in text
