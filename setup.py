@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.resolve()
 CXXFLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fopenmp -Wall -Wextra"
 # GCC 12 takes its own undefined-register intrinsics for uninitialised variables
 CXXFLAGS += " -Wno-uninitialized -Wno-maybe-uninitialized -Wno-psabi"
-AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c"
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprfchw"
 ISA_FLAGS = {
     "generic": "",
     "avx2": "-mavx2 -mfma -mf16c",

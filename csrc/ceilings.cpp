@@ -29,11 +29,6 @@ void run_chains(int64_t iterations, int flops_per_lane, const Tensor& result, co
   result.as<double>()[1] = static_cast<double>(workers) * iterations * kChains * W * flops_per_lane;
 }
 
-// The part of n elements that belongs to one worker.
-std::pair<int64_t, int64_t> share(int64_t n, int64_t worker, int64_t workers) {
-  return {n * worker / workers, n * (worker + 1) / workers};
-}
-
 }  // namespace
 
 // result: (2,) float64, see run_chains.
@@ -60,7 +55,7 @@ void stream_read(Tensor from, int64_t times, Tensor result) {
   const int64_t workers = threads();
   std::vector<float> sums(workers);
   parallel_for(workers, false, [&](int64_t worker) {
-    const auto [first, last] = share(from.size[0], worker, workers);
+    const auto [first, last] = share_of(from.size[0], worker, workers);
     Vec s[8] = {};
     for (int64_t t = 0; t < times; ++t)
       for (int64_t i = first; i + 8 * W <= last; i += 8 * W)
@@ -77,7 +72,7 @@ void stream_read(Tensor from, int64_t times, Tensor result) {
 void stream_copy(Tensor from, int64_t times, Tensor to) {
   const int64_t workers = threads();
   parallel_for(workers, false, [&](int64_t worker) {
-    const auto [first, last] = share(from.size[0], worker, workers);
+    const auto [first, last] = share_of(from.size[0], worker, workers);
     for (int64_t t = 0; t < times; ++t)
       std::memcpy(to.as<float>() + first, from.as<float>() + first, (last - first) * sizeof(float));
   });

@@ -114,22 +114,26 @@ inline int64_t part_size(int64_t count, int64_t most, int64_t want) {
   return parts ? ceil_div(count, parts) : 1;
 }
 
-// A matrix that an epilogue reads or writes where it is called: fetched while the sums are still running.
+// A matrix that an epilogue reads, or writes (data that is not const), where it is called: fetched while
+// the sums are still running, for writing as the core's own, which another core may have had.
 struct Touched {
-  const char* data = nullptr;
+  char* data = nullptr;
   int64_t row_bytes = 0, element_bytes = 0;
+  bool written = false;
 
   Touched() = default;
   template <class T>
-  Touched(const T* data, int64_t row_stride)
-      : data(reinterpret_cast<const char*>(data)),
+  Touched(T* data, int64_t row_stride)
+      : data(reinterpret_cast<char*>(const_cast<std::remove_const_t<T>*>(data))),
         row_bytes(row_stride * sizeof(T)),
-        element_bytes(sizeof(T)) {}
+        element_bytes(sizeof(T)),
+        written(!std::is_const_v<T>) {}
   void prefetch_tile(int64_t row, int64_t col) const {
     if (!data) return;
-    const char* from = data + row * row_bytes + col * element_bytes;
-    for (int i = 0; i < kTileRows; ++i, from += row_bytes)
-      for (int64_t byte = 0; byte < kTileCols * element_bytes; byte += 64) prefetch(from + byte);
+    char* at = data + row * row_bytes + col * element_bytes;
+    for (int i = 0; i < kTileRows; ++i, at += row_bytes)
+      for (int64_t byte = 0; byte < kTileCols * element_bytes; byte += 64)
+        written ? prefetch_to_write(at + byte) : prefetch(at + byte);
   }
 };
 using TouchedList = std::array<Touched, 5>;

@@ -508,6 +508,7 @@ __attribute__((always_inline)) inline Vec sum_of_each(Vec (&r)[W]) {
 }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+inline void prefetch_to_write(void* p) { __builtin_prefetch(p, 1, 3); }
 inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Calls body(T{}) with the C++ type of a floating dtype.

@@ -1,10 +1,11 @@
 // The only file with OpenMP.  The runtime is torch's own (imported first), so one pool serves both
-// and `torch.set_num_threads` governs it.
+// and `torch.set_num_threads` governs it; inside somebody's parallel region a kernel runs on one thread.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <thread>
+#include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -20,29 +21,67 @@ inline int threads() {
 #endif
 }
 
-// body(i) for i in [0, n), each i on some thread; `dynamic` hands them out one by one.
-template <class Body>
-void parallel_for(int64_t n, bool dynamic, const Body& body) {
-#ifdef _OPENMP
-  if (n > 1 && threads() > 1) {
-    if (dynamic) {
-#pragma omp parallel for schedule(dynamic, 1)
-      for (int64_t i = 0; i < n; ++i) body(i);
-    } else {
-#pragma omp parallel for schedule(static)
-      for (int64_t i = 0; i < n; ++i) body(i);
-    }
-    return;
-  }
-#endif
-  (void)dynamic;
-  for (int64_t i = 0; i < n; ++i) body(i);
-}
-
 struct Range {
   int64_t begin, end;
   int64_t size() const { return end - begin; }
 };
+
+// The part of n things that belongs to one of `workers`, the same whenever n is.
+inline Range share_of(int64_t n, int64_t worker, int64_t workers) {
+  return {n * worker / workers, n * (worker + 1) / workers};
+}
+
+// Iterations that a thread takes one by one, first from its own share, then from those of the others.  So
+// a loop finds in a core's cache what it left there when it last ran, and a late thread is helped.
+class Shares {
+ public:
+  Shares(int64_t n, int workers) : parts_(workers) {
+    for (int w = 0; w < workers; ++w) {
+      const auto [first, last] = share_of(n, w, workers);
+      parts_[w].next = first;
+      parts_[w].last = last;
+    }
+  }
+  template <class Body>
+  void run(int worker, const Body& body) {
+    const int workers = static_cast<int>(parts_.size());
+    for (int k = 0; k < workers; ++k) {
+      Part& part = parts_[(worker + k) % workers];
+      for (int64_t i; (i = part.next.fetch_add(1, std::memory_order_relaxed)) < part.last;) body(i);
+    }
+  }
+
+ private:
+  struct alignas(64) Part {  // a line of cache each
+    std::atomic<int64_t> next;
+    int64_t last;
+  };
+  std::vector<Part> parts_;
+};
+
+// body(i) for i in [0, n), each i on some thread; `uneven` iterations are handed out one by one.
+template <class Body>
+void parallel_for(int64_t n, bool uneven, const Body& body) {
+#ifdef _OPENMP
+  const int workers = threads();
+  if (n > 1 && workers > 1) {
+    Shares shares(n, workers);
+#pragma omp parallel num_threads(workers)
+    {
+      const int worker = omp_get_thread_num(), team = omp_get_num_threads();
+      if (uneven || team != workers) {
+        shares.run(worker, body);
+      } else {
+        const auto [first, last] = share_of(n, worker, workers);
+        for (int64_t i = first; i < last; ++i) body(i);
+      }
+    }
+    return;
+  }
+#endif
+  (void)uneven;
+  for (int64_t i = 0; i < n; ++i) body(i);
+}
 
 // What a thread knows of the others in `together`.
 class Team {
@@ -50,8 +89,7 @@ class Team {
   const int rank, size;
 
   Team(int rank, int size, std::atomic<int64_t>& arrived) : rank(rank), size(size), arrived_(arrived) {}
-  // This thread's part of n things, the same whenever n is.
-  Range share(int64_t n) const { return {n * rank / size, n * (rank + 1) / size}; }
+  Range share(int64_t n) const { return share_of(n, rank, size); }  // this thread's part of n things
   // Waits until all have come here; what they wrote before is seen behind it.
   void barrier() const {
     if (size == 1) return;
