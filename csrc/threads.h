@@ -1,5 +1,6 @@
 // The only file with OpenMP.  The runtime is torch's own (imported first), so one pool serves both
-// and `torch.set_num_threads` governs it; inside somebody's parallel region a kernel runs on one thread.
+// and `torch.set_num_threads` governs it.  A kernel runs on one thread inside somebody's parallel region,
+// and in a child made by fork: the pool's threads are not there, and the runtime would wait for them.
 #pragma once
 
 #include <atomic>
@@ -10,12 +11,22 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __linux__
+#include <pthread.h>
+#endif
 
 namespace llmkern {
 
+// Whether this process was forked from one that had loaded the kernels; watched from their loading on, since
+// torch may have started the pool's threads before the first kernel runs.
+inline bool forked = false;
+#ifdef __linux__
+inline const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
 inline int threads() {
 #ifdef _OPENMP
-  return omp_in_parallel() ? 1 : omp_get_max_threads();
+  return forked || omp_in_parallel() ? 1 : omp_get_max_threads();
 #else
   return 1;
 #endif
