@@ -5,7 +5,8 @@
 // Backward, with n = (h - mean) * rstd and g = dy * weight:
 //   dx = rstd * (g - avg(g) - n * avg(g * n)) + dh,   dweight = Σ_rows dy * n,   dbias = Σ_rows dy
 //
-// Memory is the limit: a row is read once and stays in the first cache for its two or three passes.
+// Memory is the limit: a row is read once and stays in the first cache for its two or three passes, and
+// outputs that no cache would keep are streamed past it, which spares reading what is overwritten.
 // Backward takes four rows together, so that the sums of dweight and dbias cross the cache once for four
 // elements, and 16 chains of additions run beside each other.
 
@@ -45,6 +46,14 @@ float row_sum(int64_t width, const F& f) {
   return sum((s[0] + s[1]) + (s[2] + s[3]));
 }
 
+// Writes n lanes, whole vectors past the caches if `streamed`.
+template <class T, class N>
+void put(T* to, Vec x, N n, bool streamed) {
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<N, std::remove_const_t<decltype(kWhole)>>)
+    if (streamed) return stream(to, x);
+  store(to, x, n);
+}
+
 // A weight or bias as floats; absent: a constant.
 class Param {
  public:
@@ -75,6 +84,7 @@ void forward(const Tensor& x, const Tensor& residual, const Tensor& weight, cons
   const int64_t rows = x.size[0], width = x.size[1];
   const Param weights(weight, width, 1.0f), biases(bias, width, 0.0f);
   const float *w = weights.data, *b = biases.data;
+  const bool streamed = streams(y.as<T>(), rows, width);
   parallel_for((rows + kBlock - 1) / kBlock, false, [&](int64_t block) {
     for (int64_t r = block * kBlock; r < std::min(rows, (block + 1) * kBlock); ++r) {
       const T* row = x.as<T>() + r * width;
@@ -96,9 +106,10 @@ void forward(const Tensor& x, const Tensor& residual, const Tensor& weight, cons
       const float scale = rstd.as<float>()[r] = 1.0f / std::sqrt(square / width + eps);
       T* out = y.as<T>() + r * width;
       each_vector(width, [&](int64_t i, auto n) {
-        store(out + i, fma((load(row + i, n) - m) * scale, load(w + i, n), load(b + i, n)), n);
+        put(out + i, fma((load(row + i, n) - m) * scale, load(w + i, n), load(b + i, n)), n, streamed);
       });
     }
+    if (streamed) finish_streams();
   });
 }
 
@@ -109,6 +120,7 @@ struct Rows {
   const float *weight, *mean, *rstd;
   T* dx;
   int64_t width;
+  bool streamed;  // dx
 };
 
 // Rows first .. first + count - 1 into the sums dweight and dbias (null: not wanted); dx on the way.
@@ -144,7 +156,7 @@ void backward_rows(const Rows<T>& t, int64_t first, float* dweight, float* dbias
     each_vector(t.width, [&](int64_t i, auto n) {
       const Vec g = load(dy[r] + i, n) * load(t.weight + i, n), normal = (load(h[r] + i, n) - m[r]) * scale[r];
       const Vec d = (g - avg_g - normal * avg_gn) * scale[r];
-      store(dx + i, dh ? d + load(dh + i, n) : d, n);
+      put(dx + i, dh ? d + load(dh + i, n) : d, n, t.streamed);
     });
   }
 }
@@ -174,7 +186,7 @@ void backward(const Tensor& dy, const Tensor& dh, const Tensor& h, const Tensor&
   const int64_t blocks = (rows + kBlock - 1) / kBlock, groups = std::min(blocks, kGroups);
   const Param weights(weight, width, 1.0f);
   const Rows<T> t{dy.as<T>(), dh.as<T>(), h.as<T>(), weights.data, mean.as<float>(), rstd.as<float>(),
-                  dx.as<T>(), width};
+                  dx.as<T>(), width, streams(dx.as<T>(), rows, width)};
   const Buffer parts((dweight || dbias ? groups * 2 * width : 0) * sizeof(float));
   parallel_for(groups, false, [&](int64_t group) {  // the same groups for any number of threads
     float* own = parts.as<float>() + group * 2 * width;
@@ -185,6 +197,7 @@ void backward(const Tensor& dy, const Tensor& dh, const Tensor& h, const Tensor&
     int64_t r = group * blocks / groups * kBlock;
     for (; r + kTogether <= last; r += kTogether) backward_rows<centered, kTogether>(t, r, dw, db);
     for (; r < last; ++r) backward_rows<centered, 1>(t, r, dw, db);
+    if (t.streamed) finish_streams();
   });
   if (dweight || dbias) add_parts(parts.as<float>(), groups, width, dweight, dbias);
 }

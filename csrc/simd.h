@@ -174,6 +174,29 @@ inline void store(float* p, Vec x, int n) {
 }
 #endif
 
+// Stores that bypass the caches, and what must follow them on each thread; `p` is aligned to a vector.
+inline void stream(float* p, Vec x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, x);
+#else
+  store(p, x);
+#endif
+}
+inline void finish_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+// Whether an output of rows of `width` can be streamed, and is so large that no cache would keep it.
+template <class T>
+bool streams(const T* out, int64_t rows, int64_t width) {
+  constexpr int64_t kCached = int64_t{32} << 20;
+  return sizeof(T) == sizeof(float) && width % W == 0 && reinterpret_cast<uintptr_t>(out) % sizeof(Vec) == 0 &&
+         rows * width * static_cast<int64_t>(sizeof(T)) > kCached;
+}
+
 // Round a float through T, as storing and loading it would.
 template <class T>
 Vec rounded(Vec x) {
