@@ -43,8 +43,9 @@ struct Gelu {
   // Φ(u) and its density.  For a ≥ 0, Φ(-a) = e^(-a²/2) q(1 / (1 + 0.3 a)) with a polynomial q fitted for
   // least maximum relative error (1.5e-7 before rounding), and Φ(a) = 1 - Φ(-a).
   static Activated normal(Vec u) {
-    const Vec a = floats(bits(u) & 0x7fffffff), t = 1.0f / fma(a, set(0.3f), set(1.0f));
-    const Vec e = exp(-0.5f * u * u);
+    const Vec a = min(set(1e30f), floats(bits(u) & 0x7fffffff));
+    const Vec t = reciprocal(fma(a, set(0.3f), set(1.0f)));
+    const Vec e = exp2(u * u * (-0.5f * kLog2E));
     Vec q = set(0.035675183f);
     q = fma(q, t, set(-0.15720471f));
     q = fma(q, t, set(0.206356178f));
@@ -67,7 +68,9 @@ struct GeluTanh {
 
  private:
   static constexpr float kTwice = 1.5957691f;  // 2 √(2/π)
-  static Vec gate(Vec u) { return sigmoid(u * fma(u * u, set(kTwice * 0.044715f), set(kTwice))); }
+  static Vec gate(Vec u) {
+    return sigmoid2(u * fma(u * u, set(kTwice * kLog2E * 0.044715f), set(kTwice * kLog2E)));
+  }
 };
 
 // Calls body(A{}) with the activation of that name.

@@ -313,10 +313,9 @@ inline Vec exp(Vec x) {
   return scale_by_power(p, n);
 }
 
-// e^x for a softmax, x ≤ 0 or NaN: e^x = 2^n 2^r with r = x / log 2 - n, 2^r fitted on [-1/2, 1/2] for
-// least maximum error (2e-9).  Relative error 2^-24 (2 + |x|): that of x, a rounded score.
-inline Vec softmax_exp(Vec x) {
-  const Vec t = max(set(-151.0f), x * 1.44269504088896f);
+// 2^t for t ≤ 127 or NaN: t = n + r, 2^r fitted on [-1/2, 1/2] for least maximum error (2e-9).
+inline Vec exp2(Vec t) {
+  t = max(set(-151.0f), t);
   const Vec n = round_to_int(t), r = t - n;
   Vec p = set(1.53533618e-4f);
   p = fma(p, r, set(1.33988744e-3f));
@@ -325,6 +324,21 @@ inline Vec softmax_exp(Vec x) {
   p = fma(p, r, set(0.240226479f));
   p = fma(p, r, set(0.693147203f));
   return scale_by_power(fma(p, r, set(1.0f)), n);
+}
+
+constexpr float kLog2E = 1.44269504088896f;
+
+// e^x for a softmax, x ≤ 0 or NaN.  Relative error 2^-24 (2 + |x|): that of x, a rounded score.
+inline Vec softmax_exp(Vec x) { return exp2(x * kLog2E); }
+
+// 1 / x for 2^-126 ≤ x ≤ 2^126, or NaN.
+inline Vec reciprocal(Vec x) {
+#if defined(__AVX512F__)
+  const Vec y = _mm512_rcp14_ps(x);
+  return fma(y, fma(-x, y, set(1.0f)), y);  // Newton's step: 2^-14 becomes 2^-24
+#else
+  return 1.0f / x;
+#endif
 }
 
 // tanh to 2 ulp: near 0, where 1 - 2 / (e^2x + 1) loses digits, an odd polynomial (Moshier 1992, Cephes).
@@ -339,7 +353,9 @@ inline Vec tanh(Vec x) {
   return a < 0.625f ? fma(p * z, x, x) : x < 0.0f ? -far : far;
 }
 
-inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
+// 1 / (1 + 2^-t); 2^-126 where it is less.  Absolute error 2^-24.
+inline Vec sigmoid2(Vec t) { return reciprocal(1.0f + exp2(min(set(126.0f), -t))); }
+inline Vec sigmoid(Vec x) { return sigmoid2(x * kLog2E); }
 
 // ---- pairs of bfloat16 for the dot instruction -------------------------------------------------
 
