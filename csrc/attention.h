@@ -74,6 +74,7 @@ struct Problem {
   float sink(int64_t h) const { return rules_.sinks.as<float>()[h]; }
   bool has_sinks() const { return static_cast<bool>(rules_.sinks); }
 
+  bool changes_scores() const { return softcap > 0 || rules_.alibi_slopes || rules_.mask; }
   // Caps scores, whole vectors of them; the derivative goes to `slopes`, if any.
   void cap(int n, float* scores, float* slopes) const {
     for (int j = 0; j < n; j += W) {
@@ -187,6 +188,7 @@ struct Block {
   }
   // Finishes the scores, and makes those -inf that are out of sight.
   void finish(const Problem& p, int64_t h, float* scores, float* slopes = nullptr) const {
+    if (!p.changes_scores() && is_whole(p)) return;
     for (int i = 0; i < rows; ++i, scores += kPitch) {
       const int end = within(p.end_key(b, row + i), i), first = std::min(within(p.first_key(b, row + i), i), end);
       if (p.softcap > 0) p.cap(part_of(i), scores, slopes ? slopes + i * kPitch : nullptr);
@@ -197,6 +199,10 @@ struct Block {
   }
 
  private:
+  // Whether every query sees every key, in whole vectors.
+  bool is_whole(const Problem& p) const {
+    return keys % W == 0 && p.end_key(b, row) >= key + keys && p.first_key(b, row + rows - 1) <= key;
+  }
   int within(int64_t k, int i) const {
     return static_cast<int>(std::clamp<int64_t>(k - key, 0, part_of(i)));
   }
