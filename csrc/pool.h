@@ -1,8 +1,9 @@
-// Memory for large outputs, kept when a tensor dies and given to the next one.
+// Memory for outputs, kept when a tensor dies and given to the next one.
 //
-// The C library returns large blocks to the system at once, so every large output begins with a page
-// fault for each 4 KiB and the zeroing of what is overwritten next: several times the work of a norm.
-// Here blocks are in large pages and wait for their next use, as in torch's own allocator for GPUs.
+// The C library returns large blocks to the system at once, and those of a whole training step at its
+// end, so every output begins with a page fault for each 4 KiB and the zeroing of what is overwritten
+// next: several times the work of a norm.  Here blocks wait for their next use, the large ones in large
+// pages, as in torch's own allocator for GPUs.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +21,7 @@ namespace llmkern {
 class Pool {
  public:
   static constexpr size_t kPage = size_t{2} << 20;  // a large page
+  static constexpr size_t kUnit = size_t{64} << 10;  // of smaller blocks
 
   // Never destroyed: tensors may outlive everything else.
   static Pool& shared() {
@@ -29,7 +31,8 @@ class Pool {
 
   // At least `bytes` bytes; writes to `bytes` how many, which `give` needs.
   void* take(size_t& bytes) {
-    bytes = (bytes + kPage - 1) / kPage * kPage;
+    const size_t unit = bytes >= kPage ? kPage : kUnit;
+    bytes = (bytes + unit - 1) / unit * unit;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       const auto found = spare_.lower_bound(bytes);
@@ -40,14 +43,14 @@ class Pool {
         return data;
       }
     }
-    void* data = std::aligned_alloc(kPage, bytes);
+    void* data = std::aligned_alloc(unit, bytes);
     if (!data) {
       release(0);
-      data = std::aligned_alloc(kPage, bytes);
+      data = std::aligned_alloc(unit, bytes);
       if (!data) throw std::bad_alloc();
     }
 #ifdef __linux__
-    madvise(data, bytes, MADV_HUGEPAGE);
+    if (unit == kPage) madvise(data, bytes, MADV_HUGEPAGE);
 #endif
     return data;
   }

@@ -1,9 +1,9 @@
-"""Memory for large outputs of the C++ kernels, kept when a tensor dies and given to the next one.
+"""Memory for outputs of the C++ kernels, kept when a tensor dies and given to the next one.
 
-The C library returns large blocks to the system at once, so that every large output begins with a page
-fault for each 4 KiB.  On a CPU that costs several times what a norm or a loss computes.  As torch's
-allocator for GPUs, and like it emptied by `empty_cache`; at most a sixteenth of the machine's memory is
-kept.
+The C library returns large blocks to the system at once, and the small ones of a training step at its end,
+so that every output begins with a page fault for each 4 KiB.  On a CPU that costs several times what a norm
+or a loss computes.  As torch's allocator for GPUs, and like it emptied by `empty_cache`; at most a sixteenth
+of the machine's memory is kept.
 """
 
 import os
@@ -16,7 +16,7 @@ from torch.utils.dlpack import from_dlpack
 
 from .. import _cpu
 
-SMALLEST = 2**20  # bytes; smaller blocks the C library keeps itself
+SMALLEST = 2**16  # bytes; smaller blocks the C library keeps itself
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
