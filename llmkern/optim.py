@@ -157,15 +157,17 @@ class AdamW(torch.optim.AdamW):
         return (self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
 
     def _update(self, group: dict, scale: Tensor | None) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return
+        for p in params:
+            if not self.state[p]:
+                self._start(p, group["amsgrad"], self.state[p])
+        steps = [self.state[p]["step"] for p in params]
+        torch._foreach_add_(steps, 1)
         together: dict[tuple, list[Tensor]] = {}  # what was skipped is behind the others
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            state = self.state[p]
-            if not state:
-                self._start(p, group["amsgrad"], state)
-            state["step"] += 1
-            key = int(state["step"]), p.device, p.dtype, state["exp_avg"].dtype
+        for p, step in zip(params, steps):
+            key = int(step), p.device, p.dtype, self.state[p]["exp_avg"].dtype
             together.setdefault(key, []).append(p)
         beta1, beta2 = group["betas"]
         for (step, _, dtype, _), params in together.items():

@@ -143,6 +143,17 @@ def tensors(args: Iterable[Any]) -> Iterator[Tensor]:
             yield from a
 
 
+def _double(args: Iterable[Any]) -> bool:
+    """Whether a tensor among them is float64.  A loop: it is asked in every call, and generators are slow."""
+    for a in args:
+        if isinstance(a, Tensor):
+            if a.dtype is torch.float64:
+                return True
+        elif isinstance(a, list) and a and isinstance(a[0], Tensor) and _double(a):
+            return True
+    return False
+
+
 def choose(op: "Op", half: str, args: tuple) -> tuple[str, Callable[..., None] | None, str | None]:
     """(backend, kernel, None) that will run, or ("reference", None, why not the fast one)."""
     device = next(tensors(args)).device.type
@@ -154,7 +165,7 @@ def choose(op: "Op", half: str, args: tuple) -> tuple[str, Callable[..., None] |
     kernel = find(op, half, backend)
     if isinstance(kernel, str):
         return "reference", None, kernel
-    if any(t.dtype == torch.float64 for t in tensors(args)):
+    if _double(args):
         return "reference", None, "float64 has no fast kernel; use float32, bfloat16 or float16"
     reason = (op.refuse if half == "fwd" else op.refuse_bwd)(backend.partition(":")[0], *args)
     return ("reference", None, reason) if reason else (backend, kernel, None)

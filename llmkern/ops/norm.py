@@ -102,8 +102,8 @@ def check(name: str, x: Tensor, normalized_shape: Sequence[int], residual: Tenso
 
 
 def _rows(x: Tensor | None, normalized_shape: Sequence[int]) -> Tensor | None:
-    if x is None:
-        return None
+    if x is None or (x.dim() == 2 and len(normalized_shape) == 1):
+        return x
     width = 1
     for size in normalized_shape:
         width *= size
@@ -111,7 +111,7 @@ def _rows(x: Tensor | None, normalized_shape: Sequence[int]) -> Tensor | None:
 
 
 def _flat(p: Tensor | None) -> Tensor | None:
-    return None if p is None else p.reshape(-1)
+    return p if p is None or p.dim() == 1 else p.reshape(-1)  # a view is a node for autograd
 
 
 class Norm(Op):

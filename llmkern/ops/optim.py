@@ -131,11 +131,11 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, exp_a
         for p, t in zip(params, many):
             f = opmath(p.dtype)
             dtype = f if scales or name == "masters" else p.dtype if name == "grads" else states
-            shape = (blocks(p),) if scales else tuple(p.shape)
-            if tuple(t.shape) != shape or t.dtype != dtype:
+            shape = (blocks(p),) if scales else p.shape
+            if t.shape != shape or t.dtype != dtype:
                 raise ValueError(
                     f"adamw: {name} has {t.dtype} of shape {tuple(t.shape)}, "
-                    f"expected {dtype} of shape {shape}"
+                    f"expected {dtype} of shape {tuple(shape)}"
                 )
     if any(states not in (p.dtype, torch.float32, torch.uint8) for p in params):
         raise ValueError(
