@@ -40,27 +40,36 @@ def bars(path: Path, rows: list[Row], machine: dict) -> None:
 
 
 def targets(path: Path, verdicts: list, machine: dict) -> None:
-    """Save a PNG with what was reached of each target of `benchmarks.targets`."""
-    labels = [f"{v.what} {v.dtype} {v.half}" for v in verdicts]
-    figure = Figure(figsize=(11, 1.5 + 0.24 * len(labels)), layout="constrained")
-    axes = figure.subplots()
-    positions = range(len(labels))
-    drawn = axes.barh(
-        positions, [v.reached for v in verdicts], color=[FASTER if v.ok else SLOWER for v in verdicts]
-    )
-    axes.bar_label(drawn, [f"{v.reached:.2f} of {v.target:.2f}" for v in verdicts], padding=3, fontsize=7)
-    axes.plot([v.target for v in verdicts], positions, "|", color="black", markersize=9, label="target")
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(
-        xlabel="times faster than the fastest peer",
-        xlim=(0, 1.2 * max(1, *(max(v.reached, v.target) for v in verdicts))),
-    )
-    axes.set_yticks(positions, labels, fontsize=7)
-    axes.invert_yaxis()
-    axes.legend(loc="lower right")
-    axes.spines[["top", "right"]].set_visible(False)
+    """Save a PNG with what was reached of each target of `benchmarks.targets`: ratios and ceilings."""
+    labels = [f"{v.group} {v.what.removeprefix(v.group)} {v.dtype} {v.half}" for v in verdicts]
+    colors = [FASTER if v.ok else SLOWER for v in verdicts]
+    figure = Figure(figsize=(13, 1.5 + 0.24 * len(labels)), layout="constrained")
+    ratio, ceiling = figure.subplots(1, 2, sharey=True)
+    _against(ratio, [v.reached for v in verdicts], [v.target for v in verdicts], colors, "{:.2f}")
+    _against(ceiling, [v.ceiling for v in verdicts], [v.ceiling_target for v in verdicts], CEILING, "{:.0%}")
+    ratio.axvline(1, color="black", linewidth=0.8)
+    ratio.set(xlabel="times faster than the fastest peer")
+    ceiling.set(xlabel="fraction of the ceiling measured in the same run")
+    ratio.set_yticks(range(len(labels)), labels, fontsize=7)
+    ratio.invert_yaxis()
+    for axes in (ratio, ceiling):
+        axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{machine['device']}, {machine['threads']} threads, {machine['date']}")
     figure.savefig(path, dpi=130)
+
+
+def _against(axes, reached: list, wanted: list, colors, style: str) -> None:
+    """Bars of what was reached, a mark for what was wanted; None is neither."""
+    places = range(len(reached))
+    drawn = axes.barh(places, [r or 0 for r in reached], color=colors)
+    labels = [
+        "" if r is None else style.format(r) + ("" if w is None else f" of {style.format(w)}")
+        for r, w in zip(reached, wanted)
+    ]
+    axes.bar_label(drawn, labels, padding=3, fontsize=7)
+    marks = [(w, place) for w, place in zip(wanted, places) if w is not None]
+    axes.plot(*zip(*marks), "|", color="black", markersize=9)
+    axes.set_xlim(0, 1.25 * max(1, *(x for x in (*reached, *wanted) if x is not None)))
 
 
 def trainings(path: Path, trainers: dict, recipe: str, machine: dict) -> None:
