@@ -10,14 +10,13 @@
 #include <type_traits>
 
 #include "linear.h"
+#include "quant_row.h"
 
 namespace llmkern {
 namespace quant {
 namespace {
 
-constexpr int kBlock = 32;         // elements that are decoded together; a group has whole blocks
 constexpr int kVecs = kBlock / W;  // the vectors of a block
-constexpr int64_t kAheadBytes = 8192;  // of codes, asked for in time for the latency of memory
 constexpr int64_t kTaskRows = 4 * W;
 
 // Rows of x up to which packing does not pay; with pairs of bfloat16 it pays earlier.
@@ -62,61 +61,12 @@ struct Nibbles {
   }
 };
 
-struct Weight {
-  const uint8_t* data;
-  Tensor scales, mins;
-  int64_t rows, depth, row_bytes, groups, blocks;
-  bool nibbles, whole;  // whole: one scale a row, left to the row's sum, so that the codes stay exact
-
-  Weight(const Tensor& q, const Tensor& scales, const Tensor& mins, int64_t depth, bool by_sum)
-      : data(q.as<uint8_t>()),
-        scales(scales),
-        mins(mins),
-        rows(q.size[0]),
-        depth(depth),
-        row_bytes(q.size[1]),
-        groups(scales.size[1]),
-        blocks(ceil_div(depth, kBlock)),
-        nibbles(q.dtype == DType::u8),
-        whole(by_sum && groups == 1 && !mins) {}
-
-  int64_t width() const { return blocks * kBlock; }
-  int64_t group_blocks() const { return groups == 1 ? blocks : blocks / groups; }
-  // The scale of row sums `row` on.
-  Vec factor(int64_t row, int n) const { return whole ? read(scales, row, n) : set(1.0f); }
-
-  // The offset of a group with this scale, where there are no mins.
-  template <class V>
-  V offset(V scale) const {
-    return nibbles ? -8.0f * scale : V{};
-  }
-  // Scales and offsets of all groups of a row, as floats.
-  void affine(int64_t row, float* scale, float* offset) const {
-    if (whole) {
-      *scale = 1, *offset = this->offset(1.0f);
-      return;
-    }
-    for (int64_t g = 0; g < groups; g += W) {
-      const int n = static_cast<int>(std::min<int64_t>(W, groups - g));
-      const Vec s = read(scales, row * groups + g, n);
-      store(scale + g, s, n);
-      store(offset + g, mins ? read(mins, row * groups + g, n) : this->offset(s), n);
-    }
-  }
-  // Calls body(Decoder type) with what the codes are.
-  template <class Body>
-  void with_decoder(const Body& body) const {
-    if (nibbles) return body(std::common_type<Nibbles>{});
-    whole ? body(std::common_type<Bytes<false>>{}) : body(std::common_type<Bytes<true>>{});
-  }
-
- private:
-  static Vec read(const Tensor& t, int64_t i, int n) {
-    Vec v;
-    with_type(t.dtype, [&](auto type) { v = load(t.as<decltype(type)>() + i, n); });
-    return v;
-  }
-};
+// Calls body(Decoder type) with what the codes are.
+template <class Body>
+void with_decoder(const Weight& weight, const Body& body) {
+  if (weight.nibbles) return body(std::common_type<Nibbles>{});
+  weight.whole ? body(std::common_type<Bytes<false>>{}) : body(std::common_type<Bytes<true>>{});
+}
 
 // W rows, with their scales and offsets as floats: those of a group lie together.  Rows behind the last are
 // the last again.
@@ -336,7 +286,11 @@ void quant_linear_fwd(Tensor x, Tensor qweight, Tensor scales, Tensor mins, Tens
       if (bias) v += load(biases.as<float>() + col, n);
       store(out.at(row, col), v, n);
     };
-    weight.with_decoder([&](auto decoder) {
+    if (rows.rows == 1 && quant::takes_digits(weight)) {
+      const Buffer wide = quant::widened(rows, weight.width());
+      return quant::multiply_row({wide.as<float>(), weight.depth, static_cast<bool>(mins)}, weight, result);
+    }
+    quant::with_decoder(weight, [&](auto decoder) {
       using Decoder = typename decltype(decoder)::type;
       if (rows.rows <= quant::most_rows<T>) {
         const Buffer wide = quant::widened(rows, weight.width());
@@ -364,7 +318,7 @@ void quant_linear_bwd(Tensor dy, Tensor qweight, Tensor scales, Tensor mins, std
     int64_t parts = 0;
     quant::for_parts(weight, [&](int64_t, int64_t) { ++parts; });
     Sum<T> sum(dx, parts);
-    weight.with_decoder([&](auto decoder) {
+    quant::with_decoder(weight, [&](auto decoder) {
       using Decoder = typename decltype(decoder)::type;
       quant::for_parts(weight, [&](int64_t first, int64_t n) {
         const Buffer dense(n * weight.width() * sizeof(T));

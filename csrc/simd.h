@@ -3,6 +3,7 @@
 // what those lack.  Everything stored in bfloat16 or half is computed in float.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -171,6 +172,49 @@ inline Vec load(const float* p, int n) {
 template <>
 inline void store(float* p, Vec x, int n) {
   _mm512_mask_storeu_ps(p, n >= W ? 0xffff : (1u << n) - 1, x);
+}
+#endif
+
+// A vector of whatever there is, or the first `bytes` of one with zeros behind.
+inline IntVec load_bits(const void* p) {
+  IntVec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline IntVec load_bits(const void* p, size_t bytes) {
+  IntVec v{};
+  std::memcpy(&v, p, bytes);
+  return v;
+}
+
+// p[0] in four lanes, p[1] in the next four, ..; the first n of them, zeros behind.
+template <class T>
+Vec load_each_four(const T* p, int n) {
+  constexpr int kMost = W / 4;
+  T few[W] = {};
+  std::memcpy(few, p, std::min(n, kMost) * sizeof(T));
+  const Vec v = load(few);
+  Vec each;
+  for (int i = 0; i < W; ++i) each[i] = v[i / 4];
+  return each;
+}
+#if defined(__AVX512F__)
+inline Vec spread_fours(__m128 four) {
+  const __m512i from = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+  return _mm512_permutexvar_ps(from, _mm512_castps128_ps512(four));
+}
+template <>
+inline Vec load_each_four(const float* p, int n) {
+  return spread_fours(_mm_maskz_loadu_ps((1u << n) - 1, p));
+}
+template <>
+inline Vec load_each_four(const f16* p, int n) {
+  return spread_fours(_mm_cvtph_ps(_mm_maskz_loadu_epi16((1u << n) - 1, p)));
+}
+template <>
+inline Vec load_each_four(const bf16* p, int n) {
+  const __m128i four = _mm_cvtepu16_epi32(_mm_maskz_loadu_epi16((1u << n) - 1, p));
+  return spread_fours(_mm_castsi128_ps(_mm_slli_epi32(four, 16)));
 }
 #endif
 
@@ -444,9 +488,14 @@ inline IntVec dot_bytes(IntVec a, const int8_t* b, IntVec acc) {
   std::memcpy(&four, b, 4);
   return (IntVec)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, _mm512_set1_epi32(four));
 }
+// The same with four bytes of b for each lane.
+inline IntVec dot_bytes(IntVec a, IntVec b, IntVec acc) {
+  return (IntVec)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+}
 #else
 constexpr bool has_byte_dot = false;  // dot_bytes is never called
 inline IntVec dot_bytes(IntVec, const int8_t*, IntVec acc) { return acc; }
+inline IntVec dot_bytes(IntVec, IntVec, IntVec acc) { return acc; }
 #endif
 
 // ---- codes of four bits --------------------------------------------------------------------------

@@ -208,6 +208,9 @@ class QUANT_LINEAR(Op):
         yield Sample("int4 bfloat16 scales", (make(2, 3, 64), *bf16), {})
         yield Sample("no bias", (make(2, 3, 40), *weight(24, 40)), {})
         yield Sample("one row", (make(64), *weight(24, 64, 4, 32), make(24)), {})
+        for args in ((4, 32), (4, 32, False), (4,), (4, None, False)):
+            yield Sample(f"one row {args}", (make(1, 416), *weight(37, 416, *args), make(37)), {})
+        yield Sample("one row of long groups", (make(1, 384), *weight(18, 384, 4, 128, False)), {})
         yield Sample("strided input", (make(20, 128)[:, ::2], *weight(31, 64, 4, 64), make(31)), {})
         yield Sample("strided rows", (make(4, 80)[::2, 7:47], *weight(31, 40), make(31)), {})
         yield Sample("empty", (make(0, 24), *weight(31, 24), make(31)), {})
