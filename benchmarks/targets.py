@@ -30,11 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, start = report.make_console(), time.monotonic()
     about, clock = machine.describe("cpu"), Clock("cpu")
     path = args.out / f"targets-{machine.slug(about['device'])}-{about['date']}.json"
-    with console.status("measuring the machine's ceilings"):
-        found = ceilings.measure("cpu", [FLOAT, HALF], 0.2, False)
+    found = ceilings.Ceilings()
     verdicts = [] if args.only == list(GROUPS) else earlier(path, about, args.only)
     for group in args.only:
         torch.manual_seed(0)
+        # again for every group, the best so far: what else the machine does lowers a rate, nothing raises it
+        found = found.best(ceilings.measure("cpu", [FLOAT, HALF], 0.05))
         for verdict in GROUPS[group](group, clock, found):
             verdicts.append(verdict)
             console.print(f"{group}: {verdict.what} {verdict.dtype} {verdict.half}: {reached(verdict)}")

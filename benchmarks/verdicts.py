@@ -8,7 +8,8 @@ torch.compile; for AdamW torch's own settings; for scaling the same op on one th
 import gc
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import cycle
 from statistics import median
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from llmkern.ops.op import Make, Op, Sample
 
 from . import step
 from .measure import Call, Clock, Settings, interleave, peak_bytes, ratio
-from .peers import calls
+from .peers import calls, examine
 from .suite import Case, run_case
 
 PEERS = ["llmkern", "eager", "compile"]
@@ -78,6 +79,7 @@ TARGETS = {  # group -> its targets
         for shape in ("768x50304", "8192x2048")
     ],
 }
+COLD = 2**28  # bytes of weights, larger than any cache
 SCALING = 1.85  # from one thread to two
 SCALED = ("linear", "ffn", "attention", "layer_norm")  # their first benchmark samples
 ADAMW = {"default": 5.0, "fused": 1.0}  # settings of torch.optim.AdamW -> how many times faster
@@ -148,6 +150,37 @@ def memory_fraction(op: Op, sample: Sample, half: str) -> float | None:
     return max(0, ours - results) / whole if ours is not None and whole else None
 
 
+def gemv_verdicts(group: str, clock: Clock, found: Ceilings) -> Iterator[Verdict]:
+    """Weights come from memory, as in generation, not from a cache: a call takes the next of many copies."""
+    for target in TARGETS[group]:
+        op = OPS[target.op]
+        for sample in op.benchmarks(Make(target.dtype)):
+            if not sample.label.startswith(target.label):
+                continue
+            copies = [copied(sample) for _ in range(math.ceil(COLD / sample.args[1].nbytes))]
+            made = {peer: in_turn(op, copies, peer) for peer in ("llmkern", "eager")}
+            times = interleave(clock, made, SETTINGS)
+            bound, _ = examine(op, sample, target.half, replace(found, cold=True))
+            ours, eager = times["llmkern"], times["eager"]
+            yield Verdict(
+                group, f"{op.name} {sample.label}", dtype_name(target.dtype), target.half, median(ours),
+                {"eager": (median(eager), ratio(eager, ours))}, target.ratio,
+                bound.seconds / median(ours), target.ceiling,
+            )  # fmt: skip
+
+
+def copied(sample: Sample) -> Sample:
+    """The same in other memory, with the dense weight that eager torch takes."""
+    args = [a.clone() if isinstance(a, torch.Tensor) else a for a in sample.args]
+    args[1].dense = sample.args[1].dense.clone()
+    return Sample(sample.label, tuple(args), sample.kwargs)
+
+
+def in_turn(op: Op, samples: list[Sample], peer: str) -> Call:
+    turn = cycle([calls(op, sample, "fwd", [peer])[peer] for sample in samples])
+    return lambda: next(turn)()
+
+
 def scaling_verdicts(group: str, clock: Clock, found: Ceilings) -> Iterator[Verdict]:
     threads = torch.get_num_threads()
     for name in SCALED if threads > 1 else ():
@@ -208,6 +241,7 @@ def step_verdicts(group: str, clock: Clock, found: Ceilings) -> Iterator[Verdict
 
 GROUPS: dict[str, Callable[[str, Clock, Ceilings], Iterator[Verdict]]] = {
     **dict.fromkeys(TARGETS, op_verdicts),
+    "gemv": gemv_verdicts,
     "adamw": adamw_verdicts,
     "scaling": scaling_verdicts,
     **dict.fromkeys(STEPS, step_verdicts),

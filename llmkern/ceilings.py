@@ -52,6 +52,12 @@ class Ceilings:
     bandwidth: dict[int, Rates] = field(default_factory=dict)
     cold: bool = False
 
+    def best(self, other: "Ceilings") -> "Ceilings":
+        """The higher of each rate."""
+        return Ceilings(
+            _best_rates(self.flops, other.flops), _best_rates(self.bandwidth, other.bandwidth), self.cold
+        )
+
     def bound(self, cost: Cost, dtype: torch.dtype) -> Bound:
         """The roofline for work of this `cost`."""
         compute = cost.flops / max(self.flops[dtype_name(dtype)].values())
@@ -73,6 +79,16 @@ class Ceilings:
         if not self.cold:
             parts.append(f"innermost cache {self.rate(0) / 1e9:,.0f} GB/s")
         return ", ".join(parts)
+
+
+def _best_rates(a: dict, b: dict) -> dict:
+    return {
+        key: {
+            way: max(rates.get(way, 0) for rates in (a.get(key, {}), b.get(key, {})))
+            for way in a.get(key, {}) | b.get(key, {})
+        }
+        for key in a | b
+    }
 
 
 def dtype_name(dtype: torch.dtype) -> str:
