@@ -161,7 +161,7 @@ def measured(folder: Path, files: Sequence[Path]) -> Path:
         left = {name: left[name] + share for name, share in zip(steps, shares)}
     axes.invert_yaxis()
     axes.set(xlabel="% of a step", xlim=(0, 100))
-    axes.set_title(words.machine(next(iter(steps.values()))["machine"]), loc="left", fontsize=10)
+    figure.suptitle(words.machine(next(iter(steps.values()))["machine"]), fontsize=10)
     figure.legend(frameon=False, fontsize=8, ncols=4, loc="outside lower center")
     return _save(figure, folder / "wall-measured.png")
 
