@@ -58,7 +58,7 @@ def measure(
     verdict = Verdict(goal.op, goal.half, goal.label)
     bound, choices = peers.examine(op, sample, goal.half, found)
     verdict.runs_on = peers.backend_name(choices)
-    make = peers._forward if goal.half == "fwd" else peers._forward_backward
+    make = peers.forward if goal.half == "fwd" else peers.forward_backward
     functions = {"llmkern": op.public, **gpu_peers.functions(op, device)}
     calls: dict[str, Call] = {}
     for name, function in functions.items():

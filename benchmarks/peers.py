@@ -28,14 +28,14 @@ def calls(op: Op, sample: Sample, half: str, names: list[str]) -> dict[str, Call
         "compile": torch.compile(op.eager, fullgraph=True, dynamic=False),
         "reference": op.public,
     }
-    make = _forward if half == "fwd" else _forward_backward
+    make = forward if half == "fwd" else forward_backward
     result = {name: make(op, functions[name], sample) for name in names}
     if "reference" in result:
         result["reference"] = _on_reference(result["reference"])
     return result
 
 
-def _forward(op: Op, function: Callable[..., Any], sample: Sample) -> Call:
+def forward(op: Op, function: Callable[..., Any], sample: Sample) -> Call:
     def call():
         with torch.no_grad():
             return function(*sample.args, **sample.kwargs)
@@ -43,7 +43,7 @@ def _forward(op: Op, function: Callable[..., Any], sample: Sample) -> Call:
     return call
 
 
-def _forward_backward(op: Op, function: Callable[..., Any], sample: Sample) -> Call:
+def forward_backward(op: Op, function: Callable[..., Any], sample: Sample) -> Call:
     inputs = [t.requires_grad_() for t in differentiable(op, sample)]
     grads: list[Tensor] = []
 

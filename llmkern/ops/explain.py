@@ -113,5 +113,5 @@ class Listen(TorchDispatchMode):
         if half not in self.args:
             return None
         backend, _, reason = choose(self.op, half, self.args[half])
-        variant = find(self.op, f"{half}_variant", backend)
+        variant = find(self.op, f"{half}_variant", backend) if backend == "triton" else ""
         return Choice(backend, reason, None if isinstance(variant, str) else variant(*self.args[half]))

@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -38,7 +39,7 @@ def reference(q, k, v, diagonal) -> tuple[Tensor, Tensor]:
     k, v = (t.double().repeat_interleave(group, 1) for t in (k, v))
     s = q.double() @ k.mT / math.sqrt(q.shape[3])
     seen = torch.arange(k.shape[2])[None, :] <= torch.arange(q.shape[2])[:, None] + diagonal
-    s = s.masked_fill(~seen, -math.inf)
+    s = s.masked_fill(~seen.to(s.device), -math.inf)
     return s.softmax(-1).nan_to_num() @ v, s.logsumexp(-1)
 
 
@@ -125,3 +126,39 @@ def test_explain_says_why():
     with use("triton"):
         q = torch.empty(1, 2, 8, 64, dtype=torch.bfloat16)
         assert "not the one for sm_90: the GPU is no sm_90" in str(explain("attention", q, q, q))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an sm_90")
+class TestOnTheDevice:
+    """What the model cannot tell: run on a GPU, before `attention_fwd` may join config.PROVEN."""
+
+    @pytest.fixture(autouse=True)
+    def switched_on(self, monkeypatch):
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("needs an sm_90")
+        monkeypatch.setenv("LLMKERN_GLUON", "1")
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_contract(self, dtype):
+        from error_rule import run as run_sample
+        from error_rule import violations
+
+        from llmkern.ops import OPS
+        from llmkern.ops.op import samples
+
+        for sample in samples(OPS["attention"], dtype, "cuda"):
+            got = run_sample(OPS["attention"], sample, backend="triton")
+            assert not violations(OPS["attention"], sample, dtype, got), sample.label
+
+    @pytest.mark.parametrize("shape", [(2, 16, 4, 4096, 4096, 128), (1, 3, 3, 777, 1301, 64)])
+    def test_long_and_the_same_every_time(self, shape):
+        from llmkern import ops
+
+        q, k, v = (t.cuda() for t in qkv(*shape))
+        assert why_not(q) is None
+        run_once = partial(ops.attention, q, k, v, is_causal=True, causal_align="bottom_right")
+        first = run_once()
+        expected, _ = reference(q, k, v, k.shape[2] - q.shape[2])
+        assert (first.double() - expected).abs().max() < 0.02
+        assert all(torch.equal(first, run_once()) for _ in range(30))
