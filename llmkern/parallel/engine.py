@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from . import norm, savers, tensor
@@ -93,9 +93,9 @@ class Parallel:
         shard = self.mesh["fsdp", "cp"]._flatten("shard")  # processes of cp see other tokens, too
         options: dict[str, Any] = {"mesh": self.mesh["dp", "shard"] if self.sizes.dp > 1 else shard}
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
-        options["reshard_after_forward"] = self.pipeline is None  # between micro-batches all stays gathered
+        between = self.pipeline is None  # micro-batches find all gathered
         for layer in layers_of(self.model):
-            fully_shard(layer, **options)
+            fully_shard(layer, reshard_after_forward=between, **options)
         fully_shard(self.model, **options)
         if self.copy is not None:
             self.copy = self.model.lm_head.weight
@@ -148,13 +148,12 @@ class Parallel:
     def _backward_of(
         self, n: int, batches: Sequence[Batch], loss_of: Callable[..., Tensor], share: float
     ) -> Tensor:
-        """Backward of one batch; gradients are exchanged in that of the last alone."""
-        last, context = n == len(batches) - 1, nullcontext()
-        if isinstance(self.module, FSDPModule):
-            self.module.set_requires_gradient_sync(last)
-        elif isinstance(self.module, DistributedDataParallel) and not last:
-            context = self.module.no_sync()
-        with context:
+        """Backward of one batch.
+
+        Replicas exchange gradients in that of the last alone, FSDP in each: else it had to hold them whole.
+        """
+        replicas = isinstance(self.module, DistributedDataParallel)
+        with self.module.no_sync() if replicas and n < len(batches) - 1 else nullcontext():
             loss = loss_of(self.module, *batches[n]) * share
             loss.backward()
         return loss.detach()

@@ -251,6 +251,8 @@ class Run:
         with ExitStack() as stack, StopSignal() as stop:
             for log in own:
                 stack.callback(log.close)
+            if self.team is not None:
+                stack.enter_context(self.team.watch(lambda: t.step))
             while t.step < c.steps:
                 if c.eval_every and t.step % c.eval_every == 0:
                     self.validate()

@@ -1,7 +1,7 @@
 """The processes of a run that train together: who leads, how the model is divided, what all agree on."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,6 +138,20 @@ class Team:
         ]
         tensors = sharded.read_parts(found.folder, self.parallel, found.packed)
         fill_optimizer(optimizer, parameters, tensors, groups)
+
+    @contextmanager
+    def watch(self, step: Callable[[], int]) -> Iterator[None]:
+        """Around training: an exchange that fails names itself, this rank, and the ranks that are silent."""
+        from ..parallel import watch
+
+        try:
+            yield
+        except RuntimeError as error:
+            store = torch.distributed.distributed_c10d._get_default_store()
+            told = watch.explain(error, store, self.rank, self.world, step())
+            if told is None:
+                raise
+            raise UserError(told) from None
 
     def agree(self, number: int) -> int:
         """The largest number that any process gives."""

@@ -1,29 +1,48 @@
-"""`llmkern train` in which one process of the first start is killed: dying.py RANK MOMENT CALL train ...
+"""`llmkern train` in which one process comes to an end: dying.py RANK MOMENT CALL train ...
 
 MOMENT is "step" (before it), "part" (before its part of a checkpoint is written) or "name" (before a
-checkpoint gets its name, which is when it begins to exist).
+checkpoint gets its name, which is when it begins to exist): there it is killed, in the first start.  At
+"hang" it stops to answer before step CALL, in every start.
 """
 
 import os
 import signal
 import sys
+import time
 
 from llmkern import durable
 from llmkern.cli import main
 from llmkern.train import sharded
 from llmkern.train.loop import Trainer
 
+PLACES = {
+    "step": (Trainer, "advance"),
+    "part": (sharded, "write"),
+    "name": (durable, "rename"),
+    "hang": (Trainer, "advance"),
+}
 
-def die_in(owner, name: str, rank: int, call: int) -> None:
-    """Kill this process, if it is that rank and was never restarted, at a call of `owner.name`."""
+
+def die() -> None:
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(1000)
+
+
+def end_in(moment: str, call: int) -> None:
+    """Before that call of what the moment names, come to an end."""
+    owner, name = PLACES[moment]
     real, count = getattr(owner, name), 0
 
     def counted(*args, **kwargs):
         nonlocal count
         count += 1
-        first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        if first and count == call and int(os.environ["RANK"]) == rank:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if count == call:
+            hang() if moment == "hang" else die()
         return real(*args, **kwargs)
 
     setattr(owner, name, counted)
@@ -31,8 +50,6 @@ def die_in(owner, name: str, rank: int, call: int) -> None:
 
 if __name__ == "__main__":
     rank, moment, call = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    owner, name = {"step": (Trainer, "advance"), "part": (sharded, "write"), "name": (durable, "rename")}[
-        moment
-    ]
-    die_in(owner, name, rank, call)
+    if int(os.environ["RANK"]) == rank:
+        end_in(moment, call)
     sys.exit(main(sys.argv[4:]))

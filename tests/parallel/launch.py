@@ -37,10 +37,16 @@ def run(arguments: list[str], timeout: float) -> tuple[int, str]:
         said = process.communicate(timeout=timeout)[0]
         return process.returncode, said
     except subprocess.TimeoutExpired as error:
-        for worker in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-            os.kill(int(worker), signal.SIGKILL)  # torchrun gives each a session of its own
         raise AssertionError(f"not done after {timeout} s: {(error.stdout or b'').decode()}") from None
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill(process)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kill it if it runs, and its children: torchrun gives each worker a session of its own."""
+    if process.poll() is None:
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in [process.pid, *map(int, workers)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    process.wait()

@@ -64,6 +64,14 @@ def test_killed_at_other_moments(moment, data, tmp_path, unbroken):
 
 
 @pytest.mark.slow
+def test_a_process_that_hangs_is_named(data, tmp_path):
+    arguments = launch.train(data, tmp_path, "--parallel", "fsdp=2", "--steps", "6", "--timeout", "6")
+    code, said = torchrun(2, [str(DYING), "1", "hang", "3", *arguments])
+    assert code != 0
+    assert "rank 0 of 2: all_reduce in step 2 did not end, nothing was heard of rank 1" in said
+
+
+@pytest.mark.slow
 def test_other_numbers_of_processes_go_on(data, tmp_path):
     """Two, then one, then other meshes: the same as one alone, but for rounding."""
     keys = ("--dropout", "0", "--schedule", "constant")
