@@ -142,7 +142,7 @@ def show(console: Console, rows: list[dict]) -> None:
         "after 512",
         "prefill 512",
         "MB a token",
-        "at read bandwidth",
+        "reading alone",
         "reached",
         "same text",
     ):
