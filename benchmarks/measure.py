@@ -72,10 +72,11 @@ def peak_bytes(call: Call, device: str) -> int | None:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    return min(filter(None, (_resident_rise(call) for _ in range(3))), default=None)
+    return min(filter(None, (resident_rise(call) for _ in range(3))), default=None)
 
 
-def _resident_rise(call: Call) -> int | None:
+def resident_rise(call: Call) -> int | None:
+    """Bytes by which one call raises the peak memory of this process; None where the system does not tell."""
     reset = Path("/proc/self/clear_refs")
     try:
         ctypes.CDLL(None).malloc_trim(0)  # memory that free() kept would be used again unseen

@@ -135,6 +135,11 @@ def _check(
         if t is not None:
             _require(tuple(t.shape) == (batch, kv_heads, s_q, dim), name, t,
                      f"{(batch, kv_heads, s_q, dim)}")  # fmt: skip
+    for name, t in (("k_cache", k_cache), ("v_cache", v_cache)) if key is not None else ():
+        if any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape)):
+            raise ValueError(
+                f"decode_attention: {name} is expanded and written to, expected elements that share no memory"
+            )
     capacity = length if table is None else length * table.shape[1]
     _require(key is None or s_q <= capacity, "key", q if key is None else key,
              f"at most {capacity} new tokens, the size of the cache")  # fmt: skip

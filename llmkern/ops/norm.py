@@ -111,7 +111,9 @@ def _rows(x: Tensor | None, normalized_shape: Sequence[int]) -> Tensor | None:
 
 
 def _flat(p: Tensor | None) -> Tensor | None:
-    return p if p is None or p.dim() == 1 else p.reshape(-1)  # a view is a node for autograd
+    if p is None or (p.dim() == 1 and p.is_contiguous()):
+        return p  # a view is a node for autograd
+    return p.reshape(-1).contiguous()
 
 
 class Norm(Op):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import register_flop_formula
 
@@ -267,6 +268,8 @@ def _with_autograd(op: Op) -> Callable[..., Any]:
     positions = [i for i, both in enumerate(zip(slots, passed)) if both != (None, None)]
 
     def apply(*args):
+        if not torch.compiler.is_compiling() and _transformed():
+            return _by_reference(op, args)
         if type(args[0]) not in _PLAIN or type(args[second]) not in _PLAIN:
             args = sharding.look_at(args, OPS)
         if torch.is_grad_enabled():
@@ -281,11 +284,27 @@ def _with_autograd(op: Op) -> Callable[..., Any]:
     return apply
 
 
+def _transformed() -> bool:
+    """Whether torch.func, or forward-mode differentiation, looks at what is computed."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _by_reference(op: Op, args: tuple) -> Any:
+    """The results of formulas that any transform of torch can see through."""
+    dispatch.fall_back(f"llmkern::{op.name}", "torch.func and forward-mode derivatives need its formulas")
+    outs = op.reference(*args)
+    if op.gradients and isinstance(outs, tuple):
+        return outs[: op.results] if op.results > 1 else outs[0]
+    return outs
+
+
 def _without_autograd(op: Op) -> Callable[..., Any]:
     """The forward half, for ops of inference and of optimizers."""
     second = min(1, len(op.fwd._schema.arguments) - 1)
 
     def apply(*args):
+        if not torch.compiler.is_compiling() and _transformed():
+            return _by_reference(op, args)
         if type(args[0]) not in _PLAIN or type(args[second]) not in _PLAIN:
             args = sharding.look_at(args, OPS)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors(args)):

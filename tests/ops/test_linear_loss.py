@@ -210,13 +210,13 @@ def test_no_read_or_write_outside(backend: str, device: str, dtype: torch.dtype,
 
 MEMORY = """
 import torch
-from benchmarks.measure import _resident_rise
+from benchmarks.measure import resident_rise
 from llmkern.ops import OPS
 from llmkern.ops.op import Make
 make, op = Make(torch.float32), OPS["linear_cross_entropy"]
 def rise(function, n, c):
     x, head, target = make(n, 32).requires_grad_(), make(c, 32).requires_grad_(), make.integers(c, n)
-    return _resident_rise(lambda: function(x, head, target).backward())
+    return resident_rise(lambda: function(x, head, target).backward())
 for function in (op.public, op.eager):
     rise(function, 4, 5)
     print(rise(function, 2048, 8192))
