@@ -9,7 +9,11 @@
 
 namespace llmkern::loss_of_linear {
 
-constexpr int64_t kEarlyRows = 512;  // 98 MiB of logits for 50,257 classes
+// Rows of a chunk: at most an eighth of all, so that their logits stay small beside what the op saves, and at
+// most 512, 98 MiB for 50,257 classes.
+inline int64_t early_rows(int64_t count) {
+  return std::min<int64_t>(count, std::min<int64_t>(512, std::max<int64_t>(64, ceil_div(count, 8))));
+}
 
 // A gradient that chunks of rows add to: what is not float yet lies in two halves.
 template <class T>
@@ -57,7 +61,7 @@ class Early {
         const Tensor& dhead, const Tensor& dbias)
       : kept_(kept), head_(head), losses_(losses), factor_(factor), dx_(dx.count() ? dx.as<T>() : nullptr),
         classes_(head.weight.rows), dim_(head.weight.cols), width_(ceil_div(classes_, W) * W),
-        height_(std::min(kEarlyRows, kept.count())), smooth_(losses.options.smoothing > 0),
+        height_(early_rows(kept.count())), smooth_(losses.options.smoothing > 0),
         logits_(height_ * width_ * sizeof(float)), tile_(height_ * std::min(kCols, classes_) * sizeof(T)),
         x_sums_(dx_ ? height_ * dim_ * sizeof(float) : 0),
         head_sum_(dhead.count() ? dhead.as<T>() : nullptr, classes_ * dim_),
@@ -66,7 +70,7 @@ class Early {
   }
 
   void run() const {
-    for_parts(kept_.count(), kEarlyRows, [&](int64_t first, int64_t count) {
+    for_parts(kept_.count(), height_, [&](int64_t first, int64_t count) {
       make_losses(first, count);
       make_gradients(first, count);
     });
