@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "write text after a prompt with any checkpoint",
     "train": "pre-train a model on prepared data, and go on where it was stopped or killed",
     "info": "show versions, the processor, the GPU, and which kernels every op has here",
+    "prove": "check that a model computes the same with the kernels: errors against float64, gradients, bits",
     "plan": "plan a model on hardware you have not got: memory, time, money, energy, and the wall that binds",
 }
 

@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a preset (gpt2, ...), a checkpoint's or Hugging Face model's folder, or module:function or "
         "file.py:function that returns a model, (model, batch) or (model, batch, loss_fn)",
     )
-    parser.add_argument("--batch", type=_positive, default=4, help="sequences of a step, 4 by default")
-    parser.add_argument("--length", type=_positive, help="tokens of each, by default up to 1024")
+    parser.add_argument("--batch", type=positive, default=4, help="sequences of a step, 4 by default")
+    parser.add_argument("--length", type=positive, help="tokens of each, by default up to 1024")
     parser.add_argument(
         "--mode", choices=("train", "inference", "decode"), default="train",
         help="a training step (the default), a forward, or one token after LENGTH tokens in a cache",
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _positive(value: str) -> int:
+def positive(value: str) -> int:
     if not value.isdecimal() or int(value) == 0:
         raise argparse.ArgumentTypeError(f"{value!r} is not a whole number of at least 1")
     return int(value)

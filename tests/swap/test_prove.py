@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import llmkern
 from llmkern import ops
+from llmkern.cli import main
 from llmkern.models import GPT, GPTConfig
 from llmkern.prove.judge import in_float64
 
@@ -123,3 +124,31 @@ def test_float64_is_not_rounded_by_the_models_code():
             assert y.dtype == torch.float64 and torch.equal(y, x)
         assert torch.softmax(x, -1, dtype=torch.float32).dtype == torch.ones(2).dtype == torch.float64
     assert torch.ones(2).dtype == torch.float32 and x.float().dtype == torch.float32
+
+
+MODULE = """
+import torch, llmkern
+from llmkern.cli import main
+from llmkern.models import GPT, GPTConfig
+
+def make():
+    return GPT(GPTConfig(vocab_size=31, block_size=16, n_layer=1, n_head=2, n_embd=16), kernels=False)
+
+def nothing():
+    return torch.nn.Bilinear(3, 3, 2), (torch.randn(2, 3), torch.randn(2, 3))
+"""
+
+
+@pytest.mark.filterwarnings("ignore::llmkern.report.NoEffectWarning")
+def test_command(tmp_path, capsys, strict):
+    file = tmp_path / "somebodys_code.py"
+    file.write_text(MODULE)
+    size = ["--batch", "1", "--length", "8", "--steps", "1"]
+    assert main(["prove", f"{file}:make", *size]) == 0
+    out = capsys.readouterr().out
+    assert "llmkern.nn.Block" in out and "verdict: the same" in out and "1, 2, 4 threads" in out
+    assert main(["prove", f"{file}:make", "--json", "--dtype", "bfloat16", *size]) == 0
+    assert json.loads(capsys.readouterr().out)["passed"]
+    assert main(["prove", f"{file}:nothing", *size]) == 1
+    assert "nothing was swapped" in capsys.readouterr().out
+    assert main(["prove", "gtp2"]) == 2 and "did you mean gpt2" in capsys.readouterr().err
