@@ -1,23 +1,38 @@
 """When may a kernel read a child's weights instead of calling the child?"""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..ops.dispatch import fall_back
+from .kernel_class import forward_replaced
 from .linear import Linear
 from .lora import LoRA
 from .quant import QuantLinear
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 def hooked(module: nn.Module) -> bool:
     """Whether calling `module` does more than its class's forward: hooks, or a forward of its own."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+    return (
+        any(getattr(module, name) for name in HOOKS) or "_hf_hook" in vars(module) or forward_replaced(module)
     )
+
+
+@contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """Inside the block calls of the module run no hooks: when we try it out, nobody is to be told."""
+    kept = [(m, name, getattr(m, name)) for m in module.modules() for name in HOOKS]
+    for m, name, hooks in kept:
+        setattr(m, name, type(hooks)())
+    try:
+        yield
+    finally:
+        for m, name, hooks in kept:
+            setattr(m, name, hooks)
 
 
 def must_call(**children: nn.Module) -> str | None:

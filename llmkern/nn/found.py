@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import ops
 from ..ops.dispatch import fall_back
+from .children import without_hooks
 from .found_ffn import FFNKernel, ffn_candidates
 from .kernel_class import ROLES, Kernel
 
@@ -72,11 +73,24 @@ def recognise(module: nn.Module) -> Found | None:
         return None
     known, key = _KNOWN.setdefault(type(module), {}), _likeness(module)
     if key not in known:
-        found = iter(_candidates(module))
-        first = next(found, None)
-        trial = None if first is None else _trial(module)
-        known[key] = next((f for f in chain([first], found) if trial and _proved(trial, f)), None)
+        with without_hooks(module):
+            known[key] = _prove(module)
     return known[key]
+
+
+def looks_like_one(module: nn.Module) -> bool:
+    """Whether its parameters have the shapes of one of these, whatever it computes."""
+    with without_hooks(module):
+        has_some = next(module.parameters(), None) is not None
+        return has_some and _takes_one_tensor(module) and next(_candidates(module), None) is not None
+
+
+def _prove(module: nn.Module) -> Found | None:
+    """The first of its candidates that computes what it computes."""
+    found = iter(_candidates(module))
+    first = next(found, None)
+    trial = None if first is None else _trial(module)
+    return next((f for f in chain([first], found) if trial and _proved(trial, f)), None)
 
 
 def _likeness(module: nn.Module) -> tuple:

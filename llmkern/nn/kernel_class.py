@@ -6,6 +6,7 @@ forward of the mixin.
 
 import sys
 from functools import cache
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -46,20 +47,45 @@ def _make(mixin: type[Kernel], own: type[nn.Module], detail: str) -> type:
     return type(name, (mixin, own), body)
 
 
-def set_class(module: nn.Module, cls: type[nn.Module], roles: dict[str, Any]) -> None:
-    """Give a module a class made by `kernel_class`, and what that needs to know."""
-    module.__class__ = cls
+def set_kernel(module: nn.Module, mixin: type[Kernel], roles: dict[str, Any], detail: str = "") -> None:
+    """Give a module the class that `kernel_class` makes, and what that needs to know."""
+    set_class(module, kernel_class(mixin, class_of(module), detail))
     setattr(module, ROLES, roles)
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The class that a module had before it got one of ours."""
-    return type(module).__bases__[1]
+    return class_of(module).__bases__[1]
 
 
 def title(module: nn.Module) -> str:
     """What a report calls the class of a swapped module."""
-    return type(module).__bases__[0].__name__
+    return class_of(module).__bases__[0].__name__
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """A module's class; of one that `fully_shard` gave a class of FSDP's, the class before."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharded = fsdp is not None and isinstance(module, fsdp.FSDPModule)
+    return type(module).__bases__[-1] if sharded else type(module)
+
+
+def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a module another class in place of `class_of` it."""
+    own, outer = class_of(module), type(module)
+    for name in ("forward", "_old_forward"):  # accelerate keeps the class's on the instance, and wraps it
+        if getattr(vars(module).get(name), "__func__", None) is own.forward:
+            setattr(module, name, MethodType(cls.forward, module))
+    if outer is not own:
+        body = {k: v for k, v in vars(outer).items() if k not in ("__dict__", "__weakref__")}
+        cls = type(f"FSDP{cls.__name__}", (*outer.__bases__[:-1], cls), body)
+    module.__class__ = cls
+
+
+def forward_replaced(module: nn.Module) -> bool:
+    """Whether somebody put another forward on the instance; accelerate's hooks run the class's."""
+    held = vars(module).get("_old_forward" if "_hf_hook" in vars(module) else "forward")
+    return held is not None and getattr(held, "__func__", None) is not class_of(module).forward
 
 
 def __getattr__(name: str) -> type:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..nn.functional import KERNELS
-from ..nn.kernel_class import kernel_class, set_class
+from ..nn.kernel_class import class_of, set_kernel
 from ..nn.rebound import FunctionsKernel, called, kernel
 from ..nn.rotary import laid_out, rotates
 from ..report import Change, Entry, class_name
@@ -17,7 +17,7 @@ from ..report import Change, Entry, class_name
 def plan(path: str, module: nn.Module, kinds: set[str], model: nn.Module) -> Iterator[Change]:
     """Have a module call llmkern's functions of these kinds, if it calls any."""
     names, reasons = set(), set()
-    for f in called(type(module)):
+    for f in called(class_of(module)):
         if kernel(f) is not None:
             if KERNELS[f][0] in kinds:
                 names.add(f.__name__)
@@ -30,8 +30,7 @@ def plan(path: str, module: nn.Module, kinds: set[str], model: nn.Module) -> Ite
         detail = ",".join(sorted(names))
         ours = ", ".join(sorted(name.partition("=")[0] for name in names))
         entry = Entry(path, class_name(module), "llmkern.nn.FunctionsKernel", f"calls llmkern's {ours}")
-        cls = kernel_class(FunctionsKernel, type(module), detail)
-        yield Change(entry, lambda: set_class(module, cls, {}))
+        yield Change(entry, lambda: set_kernel(module, FunctionsKernel, {}, detail))
 
 
 def _why_not_rotated(model: nn.Module, how: str) -> str | None:
@@ -61,6 +60,6 @@ def _tables(maker: nn.Module) -> Iterator[Any]:
     try:
         with torch.no_grad():
             for kind in types if several else (None,):
-                yield maker(x, positions) if kind is None else maker(x, positions, kind)
+                yield maker.forward(x, positions, *(() if kind is None else (kind,)))
     except Exception:  # it is called otherwise
         return

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.children import must_call
-from ..nn.kernel_class import ROLES, Kernel, kernel_class, own_class, set_class
+from ..nn.children import must_call, without_hooks
+from ..nn.kernel_class import ROLES, Kernel, own_class, set_kernel
 from ..nn.rebound import kernel, rebind
 from ..ops.dispatch import fall_back
 from ..ops.linear_loss import reduced_loss
@@ -78,7 +78,8 @@ def plan(models: list[tuple[str, nn.Module]], fused: bool) -> Iterator[Change]:
 def _plan_fused(path: str, module: nn.Module) -> Change:
     roles = _why_whole = None
     try:
-        roles = _proved(module)
+        with without_hooks(module):
+            roles = _proved(module)
     except Exception as error:  # whatever it is, it is not a model of this kind
         _why_whole = f"it could not be tried ({type(error).__name__}: {error})"
     if roles is None or hasattr(module, ROLES):
@@ -88,7 +89,7 @@ def _plan_fused(path: str, module: nn.Module) -> Change:
         path, class_name(module), "llmkern.nn.CausalLMKernel",
         "head and loss are one op; no logits while training with labels",
     )  # fmt: skip
-    return Change(entry, lambda: set_class(module, kernel_class(CausalLMKernel, type(module)), roles))
+    return Change(entry, lambda: set_kernel(module, CausalLMKernel, roles))
 
 
 def undo(path: str, module: nn.Module) -> Iterator[Change]:

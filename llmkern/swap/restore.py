@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..nn.kernel_class import ROLES, own_class, title
+from ..nn.kernel_class import ROLES, own_class, set_class, title
 from ..report import Change, Entry, Report, class_name
 from . import hf, hf_loss
 from .rules import rule_of_swapped
@@ -44,7 +44,7 @@ def _undo(path: str, module: nn.Module) -> Iterator[Change]:
     yield from hf_loss.undo(path, module)
     if rule := rule_of_swapped(module):
         entry = Entry(path, class_name(rule.now), class_name(rule.was))
-        yield Change(entry, lambda: setattr(module, "__class__", rule.was))
+        yield Change(entry, lambda: set_class(module, rule.was))
     if hasattr(module, ROLES):
         own = own_class(module)
         yield Change(
@@ -53,5 +53,5 @@ def _undo(path: str, module: nn.Module) -> Iterator[Change]:
 
 
 def _give_back(module: nn.Module, own: type[nn.Module]) -> None:
-    module.__class__ = own
+    set_class(module, own)
     delattr(module, ROLES)

@@ -8,6 +8,7 @@ from torch import nn
 from .. import nn as kernel_nn
 from ..nn import plain
 from ..nn.ffn import looks_like_ffn, parts, why_unfused
+from ..nn.kernel_class import class_of
 from ..ops.attention import MAX_HEAD_DIM
 
 
@@ -45,6 +46,12 @@ def refuse_linear(module: nn.Module) -> str | None:
     return None if device == "cpu" else f"it is on {device}, where torch's own matrix product is at the limit"
 
 
+def _of_a_user(module: nn.Linear) -> bool:
+    """Not one whose owner reads its weight without calling it, nor one of ours in 8 bits or with LoRA."""
+    inner = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    return not inner and not class_of(module).__module__.startswith("llmkern.")
+
+
 def _refuse_k_dimensions(module: nn.Module) -> str | None:
     return f"its loss is in K dimensions, {module.out_features}" if module.out_features else None
 
@@ -76,7 +83,7 @@ RULES = [
     ),
     Rule(
         "linear", nn.Linear, kernel_nn.Linear,
-        refuse=refuse_linear, concerns=lambda module: type(module) is nn.Linear,
+        refuse=refuse_linear, concerns=_of_a_user,
     ),
     Rule(
         "attention", nn.MultiheadAttention, kernel_nn.MultiheadAttention,
@@ -98,7 +105,7 @@ if hasattr(nn, "LinearCrossEntropyLoss"):  # torch 2.13
 
 def find_rule(module: nn.Module) -> Rule | None:
     """The rule for a module's class or the nearest of its bases; None if unknown, or swapped already."""
-    for cls in type(module).__mro__:
+    for cls in class_of(module).__mro__:
         for rule in RULES:
             if cls is rule.now:
                 return None
@@ -109,4 +116,4 @@ def find_rule(module: nn.Module) -> Rule | None:
 
 def rule_of_swapped(module: nn.Module) -> Rule | None:
     """The rule by which a module was swapped."""
-    return next((rule for rule in RULES if type(module) is rule.now), None)
+    return next((rule for rule in RULES if class_of(module) is rule.now), None)

@@ -4,15 +4,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..nn import found
-from ..nn.kernel_class import ROLES, kernel_class, set_class
+from ..nn.kernel_class import ROLES, class_of, forward_replaced, set_class, set_kernel
 from ..report import Change, Entry, NoEffectWarning, Report, SwapError, class_name
 from . import functions, hf, hf_loss
 from .example import tell_what_runs
+from .refusals import why_left, why_not_tried, why_untouchable
 from .restore import is_swapped
 from .rules import RULES, Rule, find_rule, refuse_linear, rule_of_swapped
 
@@ -91,7 +90,7 @@ def _plan(model: nn.Module, kinds: set[str], wanted: Callable, fused: bool) -> I
     for path, module in model.named_modules():
         if module in untouchable:
             continue
-        if reason := _why_untouchable(module):
+        if reason := why_untouchable(module):
             untouchable.update(module.modules())
             yield Change(Entry(path, class_name(module), None, reason))
             continue
@@ -112,12 +111,12 @@ def _plan(model: nn.Module, kinds: set[str], wanted: Callable, fused: bool) -> I
 
 
 def _plan_known(path: str, module: nn.Module, rule: Rule, absorbed: set[nn.Module]) -> Change:
-    if reason := _why_left(module, rule):
+    if reason := why_left(module, rule):
         return Change(Entry(path, class_name(module), None, reason))
     if rule.absorbs:
         absorbed.update(module.children())
     entry = Entry(path, class_name(module), class_name(rule.now), rule.note(module) or "")
-    return Change(entry, lambda: setattr(module, "__class__", rule.now))
+    return Change(entry, lambda: set_class(module, rule.now))
 
 
 def _plan_unknown(
@@ -126,56 +125,30 @@ def _plan_unknown(
     """A class of somebody's own: what it is, or else what it calls."""
     if module in absorbed or not _unknown(module):
         return
-    what = found.recognise(module)
+    reason = why_not_tried(module)
+    what = None if reason else found.recognise(module)
     if what is None:
-        yield from functions.plan(path, module, kinds, model)
+        if reason and found.looks_like_one(module):
+            yield Change(Entry(path, class_name(module), None, reason))
+        if not forward_replaced(module):
+            yield from functions.plan(path, module, kinds, model)
     elif what.mixin.kind in kinds and not (what.mixin is found.LinearKernel and refuse_linear(module)):
         if what.mixin is found.FFNKernel:
             absorbed.update(module.children())
         entry = Entry(path, class_name(module), f"llmkern.nn.{what.mixin.__name__}")
-        yield Change(entry, lambda: set_class(module, kernel_class(what.mixin, type(module)), what.roles))
+        yield Change(entry, lambda: set_kernel(module, what.mixin, what.roles))
 
 
 def _unknown(module: nn.Module) -> bool:
     """Whether it is a class of somebody's own, not swapped yet."""
-    ours = type(module).__module__.split(".")[0] in ("torch", "llmkern")
-    return not ours and not hasattr(module, ROLES) and "forward" not in module.__dict__
+    ours = class_of(module).__module__.split(".")[0] in ("torch", "llmkern")
+    return not ours and not hasattr(module, ROLES)
 
 
 def _absorbs(module: nn.Module) -> bool:
     """Whether it is swapped already, and its kernel does the work of its linears."""
     rule = rule_of_swapped(module)
     return isinstance(module, found.FFNKernel) or (rule is not None and rule.absorbs)
-
-
-def _why_untouchable(module: nn.Module) -> str | None:
-    """Why neither the module nor anything in it may be changed."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return "it was compiled by torch.jit; swap_ the module that it was made from"
-    if type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod"):
-        return "it is compiled; call swap_ before torch.compile"
-    if getattr(module, "_compiled_call_impl", None) is not None:
-        return "it is compiled; call swap_ before module.compile()"
-    return None
-
-
-def _why_left(module: nn.Module, rule: Rule) -> str | None:
-    if type(module) is not rule.was:
-        return f"a subclass of {rule.was.__name__}; only {class_name(rule.was)} itself is swapped"
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance"
-    for name, p in module.named_parameters():
-        if p.is_meta:
-            return f"its {name} is on meta, without values; load the weights first"
-        if not p.is_floating_point():
-            return f"its {name} is {p.dtype}, quantised"
-        if is_traceable_wrapper_subclass(p) and not _sharded(p):
-            return f"its {name} is a {type(p).__name__}, expected a plain tensor"
-    return rule.refuse(module)
-
-
-def _sharded(p: nn.Parameter) -> bool:
-    return type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor"
 
 
 def _warn_without_effect(report: Report, model: nn.Module, loss: bool | str) -> None:

@@ -80,6 +80,18 @@ def test_minilm(example):
     assert result.apart < 1e-5 and result.nearest == "Someone eats a meal."
 
 
+def test_python_docs(example, tmp_path, monkeypatch, capsys):
+    module, library = example("python_docs"), tmp_path / "library"
+    (library / "email").mkdir(parents=True)
+    (library / "email/parser.py").write_text(f'"""{TEXT[:90]}"""\n')
+    monkeypatch.setattr(module.sysconfig, "get_path", lambda name: str(library))
+    monkeypatch.setattr(sys, "argv", ["python_docs.py", str(tmp_path / "session")])
+    module.main()
+    assert (tmp_path / "session/texts/email.parser.txt").read_text() == TEXT[:90].strip() + "\n"
+    assert (tmp_path / "session/topics.csv").read_text().splitlines()[1].endswith(",mail")
+    assert "1 docstrings with topics" in capsys.readouterr().out
+
+
 def test_every_example_is_tested():
     scripts = {path.stem for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text()}
     here = Path(__file__).read_text()
