@@ -33,6 +33,10 @@ import llmkern  # noqa: E402
 from llmkern import _cpu  # noqa: E402
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", action="store_true", help="measure models, plain and swapped, for the docs")
+
+
 def pytest_report_header() -> list[str]:
     """Which kernels this run tests."""
     return [f"llmkern {llmkern.__version__}, torch {torch.__version__}, backends: {', '.join(backends())}"]
