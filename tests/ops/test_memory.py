@@ -65,9 +65,8 @@ def test_a_slightly_smaller_output_fits_and_a_much_smaller_one_does_not():
 
 
 def test_what_is_kept_has_a_limit():
-    module = _cpu.load(_cpu.best())
     kept = [pooled(torch.empty(1 << 20)) for _ in range(6)]
-    module.pool_limit(9 << 20)
+    memory.keep(9 << 20)
     try:
         del kept
         assert 0 < cached_bytes() <= 9 << 20
