@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for verdict in GROUPS[group](group, clock, found):
             verdicts.append(verdict)
             console.print(f"{group}: {verdict.what} {verdict.dtype} {verdict.half}: {reached(verdict)}")
-        save(path, about, found, verdicts)  # a stopped run leaves what it had
+            save(path, about, found, verdicts)  # a stopped run leaves what it had
     verdicts.sort(key=lambda v: list(GROUPS).index(v.group))
     save(path, about, found, verdicts)
     show(console, verdicts, found)
