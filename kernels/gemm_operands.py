@@ -66,6 +66,7 @@ def product(
     """acc plus the tile at (row, col) of a b, over the inner dimension from first to last."""
     if LOADS == "pointers":
         depth = tl.arange(0, BLOCK_K).to(tl.int64)
+        step = tl.full((), BLOCK_K, tl.int64)  # a row may be 2²⁵ elements long: 32 bits hold no 64 of them
         rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
         a += rows.to(tl.int64)[:, None] * a_m + (first + depth)[None, :] * a_k
         b += (first + depth)[:, None] * b_k + cols.to(tl.int64)[None, :] * b_n
@@ -75,8 +76,8 @@ def product(
             a_tile = tl.load(a, mask=a_inside, other=0.0)
             b_tile = tl.load(b, mask=b_inside, other=0.0)
             acc = tl.dot(a_tile, b_tile, acc, input_precision="ieee")
-            a += BLOCK_K * a_k
-            b += BLOCK_K * b_k
+            a += step * a_k
+            b += step * b_k
     else:
         for start in range(first, last, BLOCK_K):
             a_tile = _box(a, row, start, LOADS == "tn" or LOADS == "tt")
