@@ -63,14 +63,14 @@ def test_guess_by_compiling():
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = (
         "from unittest import mock; from benchmarks import tune; from llmkern.kernels.tiles import Tile\n"
-        "small, large = Tile(64, 32, 0, 4, 2), Tile(128, 128, 0, 4, 2)\n"
+        "small, large = Tile(64, 32, 0, 4, 2), Tile(256, 128, 0, 4, 2)\n"
         "with mock.patch.object(tune, 'candidates', lambda row, nbytes: [large, small]):\n"
         "    tune.main(['attention_fwd', '--kind', '64', '--gpu', 'sm_90'])"
     )
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
     lines = result.stdout.splitlines()
     assert "guess" in lines[0], result.stderr
-    assert "(64, 32" in lines[2] and "(128, 128" in lines[3] and "inf" in lines[3]
+    assert "(64, 32" in lines[2] and "(256, 128" in lines[3] and "inf" in lines[3]
 
 
 def test_without_a_gpu_it_asks_for_one(capsys):
