@@ -6,6 +6,7 @@ that shifting, ignored labels and the scale under gradient accumulation (`num_it
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any
 
 import torch
@@ -48,6 +49,16 @@ class CausalLMKernel(Kernel):
     """
 
     kind = "loss"
+
+    @classmethod
+    def namespace(cls, own: type[nn.Module], detail: str) -> dict[str, Any]:
+        """A forward with the signature of the model's own: trainers look there which columns to keep."""
+
+        @wraps(own.forward)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return cls.forward(self, *args, **kwargs)
+
+        return {"forward": forward}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.training or len(args) > 1 or kwargs.get("labels") is None or kwargs.get("logits_to_keep"):
