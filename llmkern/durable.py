@@ -60,7 +60,7 @@ class NewFolder:
     def __exit__(self, kind, error, trace) -> None:
         try:
             if kind is None:
-                self.write(MANIFEST, [json.dumps({**self.about, "files": self.files}, indent=1).encode()])
+                self.write(MANIFEST, [_sealed({**self.about, "files": self.files})])
                 sync(self.part)
                 rename(self.part, self.path)
         finally:
@@ -148,21 +148,28 @@ def sync(folder: Path) -> None:
         os.close(fd)
 
 
+def _sealed(manifest: dict[str, Any]) -> bytes:
+    """JSON whose last field is the sha256 of the others."""
+    digest = hashlib.sha256(json.dumps(manifest, indent=1).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest}, indent=1).encode()
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder; its "files" are name -> {"bytes", "sha256"}.
+    """The manifest of a folder, every byte as it was written; its "files" are name -> {"bytes", "sha256"}.
 
     Raises:
-        Damaged: there is none.
+        Damaged: there is none, or it was changed.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        manifest["files"] = {
-            name: {"bytes": about["bytes"], "sha256": about["sha256"]}
-            for name, about in manifest["files"].items()
-        }
-        return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise Damaged(f"{MANIFEST} is missing or not readable") from None
+        data = (folder / MANIFEST).read_bytes()
+        manifest = json.loads(data)
+        del manifest["sha256"]
+        whole = _sealed(manifest) == data
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise Damaged(f"{MANIFEST} is missing, or not as it was written")
+    return manifest
 
 
 def verify(folder: Path) -> None:

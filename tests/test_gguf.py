@@ -106,7 +106,8 @@ MALFORMED = {
     "outside": (build((), GOOD, bytes(15)), "has 16 bytes from"),
     "offset": (build((), [info("x", (4,), 0, 2**63)], bytes(16)), "inside the file"),
     "unaligned": (build((), [info("x", (4,), 0, 4)], bytes(64)), "multiple of 32"),
-    "huge": (build((), [info("x", (2**63, 2**63), 0, 0)], bytes(16)), "inside the file"),
+    "large": (build((), [info("x", (2**62, 2**62), 0, 0)], bytes(16)), "inside the file"),
+    "huge": (build((), [info("x", (0, 2**63), 0, 0)], bytes(16)), "dimensions below 2**63"),
     "row": (build((), [info("x", (40, 2), 8, 0)], bytes(99)), "rows of a multiple of 32"),
     "names": (build((), GOOD * 2, bytes(64)), "2 tensors have 1 names"),
     "alignment": (

@@ -201,6 +201,8 @@ class _Reader:
                 f"GGUF: tensor {name!r} has {dims} dimensions, expected at most {MOST_DIMENSIONS}"
             )
         shape = tuple(self.number("Q", f"the shape of {name!r}") for _ in range(dims))[::-1]
+        if max(shape, default=0) >= 2**63:
+            raise GGUFError(f"GGUF: tensor {name!r} has shape {shape}, expected dimensions below 2**63")
         kind, offset = self.number("I", f"the type of {name!r}"), self.number("Q", f"the offset of {name!r}")
         nbytes = None
         if kind in DENSE:

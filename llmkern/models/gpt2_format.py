@@ -89,4 +89,4 @@ def write_tensors(model: GPT) -> dict[str, Tensor]:
     return {name: t.t() if CONV1D.match(name.removeprefix(PREFIX)) else t for name, t in tensors.items()}
 
 
-FORMAT = Format(("gpt2",), GPT, GPTConfig, read_config, write_config, read_tensor, write_tensors)
+FORMAT = Format(("gpt2",), GPT, GPTConfig, read_config, write_config, read_tensor, write_tensors, "n_layer")

@@ -119,4 +119,7 @@ def write_tensors(model: Llama) -> dict[str, Tensor]:
     return dict(model.named_parameters())  # of tied ones the first name alone
 
 
-FORMAT = Format(tuple(CLASSES), Llama, LlamaConfig, read_config, write_config, read_tensor, write_tensors)
+FORMAT = Format(
+    tuple(CLASSES), Llama, LlamaConfig, read_config, write_config, read_tensor, write_tensors,
+    "num_hidden_layers",
+)  # fmt: skip

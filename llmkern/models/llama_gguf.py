@@ -10,6 +10,7 @@ from ..nn import QuantLinear, RotaryEmbedding
 from ..ops.quant_weight import QuantWeight, depth, dequantize
 from .gguf import GGUF, GGUFError
 from .llama import Llama, LlamaConfig
+from .meta import on_meta
 
 # architectures -> whether llama.cpp's converter interleaved the halves of each head in q and k
 ARCHITECTURES = {"llama": True, "mistral": True, "qwen2": False, "qwen3": False}
@@ -51,8 +52,11 @@ def load_gguf(
     """
     file = file if isinstance(file, GGUF) else GGUF(file)
     config = gguf_config(file)
-    with torch.device("meta"):
-        model = Llama(config)
+    if config.num_hidden_layers > len(file.tensors):
+        raise GGUFError(
+            f"load_gguf: {config.num_hidden_layers} layers are described with {len(file.tensors)} tensors"
+        )
+    model = on_meta(Llama, config, "the metadata of the GGUF file")
     c, turned = config, ARCHITECTURES[file.metadata["general.architecture"]]
     heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}
     for name in file.tensors:
@@ -83,16 +87,19 @@ def gguf_config(file: GGUF) -> LlamaConfig:
             f"load_gguf: general.architecture is {arch!r}, expected one of {', '.join(ARCHITECTURES)}"
         )
 
-    def need(key: str) -> Any:
-        if f"{arch}.{key}" not in m:
+    def need(key: str, kind: type = int, default: Any = None) -> Any:
+        value = m.get(f"{arch}.{key}", default)
+        if value is None:
             raise GGUFError(f"load_gguf: the file has no {arch}.{key}")
-        return m[f"{arch}.{key}"]
+        if not isinstance(value, kind) or not value > 0:
+            raise GGUFError(f"load_gguf: {arch}.{key} is {value!r}, expected a positive {kind.__name__}")
+        return value
 
     if "token_embd.weight" not in file.tensors:
         raise GGUFError("load_gguf: the file has no tensor token_embd.weight")
     heads, width = need("attention.head_count"), need("embedding_length")
-    head_dim = m.get(f"{arch}.attention.key_length", width // heads)
-    rotary = m.get(f"{arch}.rope.dimension_count", head_dim)
+    head_dim = need("attention.key_length", default=width // heads or None)
+    rotary = need("rope.dimension_count", default=head_dim)
     if rotary != head_dim:
         raise GGUFError(
             f"load_gguf: {arch}.rope.dimension_count is {rotary}, expected {head_dim}, all of a head"
@@ -105,11 +112,11 @@ def gguf_config(file: GGUF) -> LlamaConfig:
         intermediate_size=need("feed_forward_length"),
         num_hidden_layers=need("block_count"),
         num_attention_heads=heads,
-        num_key_value_heads=m.get(f"{arch}.attention.head_count_kv", heads),
+        num_key_value_heads=need("attention.head_count_kv", default=heads),
         head_dim=head_dim,
         max_position_embeddings=need("context_length"),
-        rms_norm_eps=need("attention.layer_norm_rms_epsilon"),
-        rope_theta=m.get(f"{arch}.rope.freq_base", 10000.0),
+        rms_norm_eps=need("attention.layer_norm_rms_epsilon", float),
+        rope_theta=need("rope.freq_base", float, 10000.0),
         rope_scaling=_scaling(file, arch),
         tie_word_embeddings="output.weight" not in file.tensors,
         attention_bias="blk.0.attn_q.bias" in file.tensors,
@@ -137,7 +144,7 @@ def _our_name(name: str) -> tuple[str, str]:
     stem, _, kind = name.rpartition(".")
     block, number, part = "", "", stem
     if stem.startswith("blk."):
-        block, number, part = stem.split(".", 2)
+        block, number, part = [*stem.split(".", 2), "", ""][:3]
     if part not in NAMES or kind not in ("weight", "bias"):
         raise GGUFError(f"load_gguf: the file has a tensor {name!r}, which no layer of a Llama has")
     return (f"model.layers.{number}.{NAMES[part]}" if block else NAMES[part]), kind

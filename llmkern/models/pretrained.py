@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from . import gpt2_format, llama_format
+from .meta import on_meta
 from .pretrained_format import Format
-from .weights import SHARD_BYTES, read_json, read_weights, write_weights
+from .weights import SHARD_BYTES, count_weights, read_json, read_weights, write_weights
 
 CONFIG = "config.json"
 FORMATS = (gpt2_format.FORMAT, llama_format.FORMAT)
@@ -44,7 +45,10 @@ def from_pretrained(
     fields = read_json(folder / CONFIG)
     format = _find(fields)
     config = format.read_config(fields)
-    model = _on_meta(format.model, replace(config, **changes))
+    layers = getattr(config, format.layers)
+    if layers > (weights := count_weights(folder)):
+        raise UserError(f"{CONFIG} describes {layers} layers, but {str(folder)!r} has {weights} weights")
+    model = on_meta(format.model, replace(config, **changes), CONFIG)
     _fill(model, format, folder, dtype)
     return model.eval()
 
@@ -103,15 +107,6 @@ def _find(fields: dict[str, Any]) -> Format:
             return format
     known = ", ".join(name for format in FORMATS for name in format.model_types)
     raise UserError(f"{CONFIG}: model_type is {kind!r}, expected one of {known}")
-
-
-def _on_meta(model: type[nn.Module], config: Any) -> nn.Module:
-    """A model without memory, so that weights are allocated once and never drawn at random."""
-    with torch.device("meta"):
-        try:
-            return model(config)
-        except ValueError as error:
-            raise UserError(f"{CONFIG} describes no model: {error}") from None
 
 
 def _fill(model: nn.Module, format: Format, folder: Path, dtype: torch.dtype | None) -> None:

@@ -18,6 +18,7 @@ class Format(NamedTuple):
         write_config: and back, with model_type and architectures; ValueError if theirs has no such model.
         read_tensor: their name and tensor to ours; None for what is no weight of ours.
         write_tensors: their names and tensors of our model.
+        layers: the field of our configuration with the number of layers.
     """
 
     model_types: tuple[str, ...]
@@ -27,6 +28,7 @@ class Format(NamedTuple):
     write_config: Callable[[Any], dict[str, Any]]
     read_tensor: Callable[[str, Tensor], tuple[str, Tensor] | None]
     write_tensors: Callable[[nn.Module], dict[str, Tensor]]
+    layers: str
 
 
 def expect(fields: dict[str, Any], key: str, allowed: tuple, default: Any) -> None:

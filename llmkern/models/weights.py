@@ -53,7 +53,27 @@ def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
                         )
                     yield name, file.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{str(path)!r} is no whole safetensors file ({error}); copy it again") from None
+            raise _broken(path, error) from None
+
+
+def count_weights(folder: Path) -> int:
+    """How many weights the files of a folder have, by their headers.
+
+    Raises:
+        UserError: as `read_weights`.
+    """
+    count = 0
+    for path, names in _files(folder).items():
+        try:
+            with safe_open(path, framework="pt") as file:
+                count += len(file.keys() if names is None else names)
+        except (SafetensorError, OSError) as error:
+            raise _broken(path, error) from None
+    return count
+
+
+def _broken(path: Path, error: Exception) -> UserError:
+    return UserError(f"{str(path)!r} is no whole safetensors file ({error}); copy it again")
 
 
 def _files(folder: Path) -> dict[Path, list[str] | None]:

@@ -1,76 +1,19 @@
 """Llamas from GGUF files that are put together here; and, where it is installed, a real one."""
 
 import importlib.util
-import struct
 from pathlib import Path
 
 import pytest
 import torch
-from gguf_file import build, entry, info, string
+from gguf_file import write_llama
 
 from llmkern.models import GGUFError, Llama, LlamaConfig, load_gguf
-from llmkern.models.llama_gguf import NAMES
 from llmkern.nn import QuantLinear
 
 CONFIG = LlamaConfig(
     vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=48, rms_norm_eps=2.0**-20,
 )  # fmt: skip
-INT, FLOAT, TEXT = 4, 6, 8
-
-
-def metadata(config: LlamaConfig, arch: str, **more: object) -> list[bytes]:
-    values = {
-        "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps, "rope.freq_base": config.rope_theta, **more,
-    }  # fmt: skip
-    entries = [entry("general.architecture", TEXT, string(arch))]
-    for key, value in values.items():
-        kind, code = (INT, "<I") if isinstance(value, int) else (FLOAT, "<f")
-        data = string(value) if isinstance(value, str) else struct.pack(code, value)
-        entries.append(entry(f"{arch}.{key}", TEXT if isinstance(value, str) else kind, data))
-    return entries
-
-
-def turned(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """The order of rows that llama.cpp's convert_hf_to_gguf.py gives q and k of a Llama."""
-    shape = heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]
-    return weight.reshape(shape).swapaxes(1, 2).reshape(weight.shape)
-
-
-def q8_0(weight: torch.Tensor) -> tuple[bytes, torch.Tensor]:
-    """Blocks of Q8_0 and what they stand for."""
-    w = weight.unflatten(1, (-1, 32))
-    d = (w.abs().amax(-1, keepdim=True) / 127).half()
-    q = (w / d.float()).round().clamp(-127, 127).to(torch.int8)
-    blocks = torch.cat((d.view(torch.int8), q), dim=-1)
-    return blocks.numpy().tobytes(), (q * d.float()).flatten(1)
-
-
-def write(path: Path, model: Llama, arch: str = "llama", coded: str = "", drop: str = "", **more) -> None:
-    """The model as GGUF; linears whose name contains `coded` as Q8_0, which also rounds them in the model."""
-    ours = {theirs: name for name, theirs in NAMES.items()}
-    infos, data = [], b""
-    heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
-    for name, p in model.named_parameters():
-        path_, _, kind = name.rpartition(".")
-        layer, part = path_.split(".", 3)[2:] if "layers" in path_ else ("", path_)
-        theirs = ours[part]
-        tensor = p.detach()
-        if coded and coded in name:
-            p.data = q8_0(tensor)[1]
-        if arch == "llama" and theirs in heads:
-            tensor = turned(tensor, heads[theirs])
-        full = f"blk.{layer}.{theirs}.{kind}" if layer else f"{theirs}.{kind}"
-        if drop and drop in full:
-            continue
-        raw = q8_0(tensor)[0] if coded and coded in name else tensor.contiguous().numpy().tobytes()
-        infos.append(info(full, tuple(tensor.shape[::-1]), 8 if coded and coded in name else 0, len(data)))
-        data += raw + bytes(-len(raw) % 32)
-    path.write_bytes(build(metadata(model.config, arch, **more), infos, data))
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +39,7 @@ def random_model(**changes: object) -> Llama:
 )
 def test_dense(arch, changes, tmp_path):
     model = random_model(**changes)
-    write(tmp_path / "x.gguf", model, arch, **{"attention.key_length": model.config.head_dim})
+    write_llama(tmp_path / "x.gguf", model, arch, **{"attention.key_length": model.config.head_dim})
     loaded = load_gguf(tmp_path / "x.gguf")
     assert loaded.config == model.config and not loaded.training
     idx = torch.randint(61, (2, 30))
@@ -108,7 +51,7 @@ def test_dense(arch, changes, tmp_path):
 def test_codes(tied, tmp_path):
     """Quantised linears keep the file's codes, rows turned back; False decodes them."""
     model = random_model(tie_word_embeddings=tied, attention_bias=True)
-    write(tmp_path / "x.gguf", model, coded="embed_tokens" if tied else "proj.weight")
+    write_llama(tmp_path / "x.gguf", model, coded="embed_tokens" if tied else "proj.weight")
     idx = torch.randint(61, (2, 30))
     coded, dense = (load_gguf(tmp_path / "x.gguf", quantized=q) for q in (True, False))
     assert isinstance(coded.lm_head if tied else coded.model.layers[0].self_attn.q_proj, QuantLinear)
@@ -120,7 +63,7 @@ def test_codes(tied, tmp_path):
 
 def test_rope_scaling(tmp_path):
     model = random_model(rope_scaling={"rope_type": "linear", "factor": 4.0})
-    write(tmp_path / "x.gguf", model, **{"rope.scaling.type": "linear", "rope.scaling.factor": 4.0})
+    write_llama(tmp_path / "x.gguf", model, **{"rope.scaling.type": "linear", "rope.scaling.factor": 4.0})
     assert load_gguf(tmp_path / "x.gguf").config == model.config
 
 
@@ -137,7 +80,7 @@ def test_rope_scaling(tmp_path):
     ],
 )
 def test_refuses(options, match, tmp_path):
-    write(tmp_path / "x.gguf", random_model(), **options)
+    write_llama(tmp_path / "x.gguf", random_model(), **options)
     with pytest.raises(GGUFError, match=match):
         load_gguf(tmp_path / "x.gguf")
 
