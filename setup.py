@@ -5,7 +5,8 @@ each instruction set.  Each set is linked into a module of its own, so that code
 can never end up in the generic module.  No torch headers: pip's isolated build works, and one
 binary serves every torch.
 
-`LLMKERN_ISA=avx512` builds that set alone, for the quick rebuilds that work on a kernel needs.
+`LLMKERN_ISA=avx512` builds that set alone, for the quick rebuilds that work on a kernel needs, and
+`LLMKERN_CXXFLAGS="-O1 -fsanitize=address"` adds options of the compiler.
 """
 
 import os
@@ -60,7 +61,8 @@ class NinjaBuild(build_ext):
         out.mkdir(parents=True, exist_ok=True)
         cxx = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)[0]
         python = sysconfig.get_path("include")
-        rules = RULES.format(flags=CXXFLAGS, pybind11=pybind11.get_include(), python=python)
+        flags = f"{CXXFLAGS} {os.environ.get('LLMKERN_CXXFLAGS', '')}"
+        rules = RULES.format(flags=flags, pybind11=pybind11.get_include(), python=python)
         lines = [f"cxx = {cxx}", rules, f"build {out}/bindings.o: cc {ROOT}/csrc/bindings.cpp"]
         for extension in self.extensions:
             isa = extension.name.removeprefix("llmkern._cpu_")

@@ -34,12 +34,14 @@ class Outcome(NamedTuple):
     upstream: float = 0.0  # the largest magnitude of the gradients that came in
 
 
-def run(op: Op, sample: Sample, function=None, backend: str | None = None, seed: int = 0) -> Outcome:
-    """Outputs, and gradients for a random upstream gradient, of one sample.
+def run(
+    op: Op, sample: Sample, function=None, backend: str | None = None, seed: int = 0, backward: bool = True
+) -> Outcome:
+    """Outputs, and with `backward` gradients for a random upstream gradient, of one sample.
 
     What an op writes to is copied before, and counts as outputs.
     """
-    if not op.gradients:
+    if not (op.gradients and backward):
         return Outcome(_forward(op, sample, function or op.public, backend), [])
     sample = sample.map(lambda t: t.detach())
     wanted = [t for t in differentiable(op, sample) if t is not sample.kwargs.get("attn_mask")]
@@ -74,13 +76,14 @@ def flatten(value) -> list[Tensor]:
     return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
 
 
-def truth(op: Op, sample: Sample) -> Outcome:
-    return run(op, sample.map(Tensor.double), backend="reference")
+def truth(op: Op, sample: Sample, backward: bool = True) -> Outcome:
+    return run(op, sample.map(Tensor.double), backend="reference", backward=backward)
 
 
-def yardstick(op: Op, sample: Sample) -> Outcome:
+def yardstick(op: Op, sample: Sample, backward: bool = True) -> Outcome:
     """What torch makes of it; torch's own low-precision norms are too wrong to measure by."""
-    return run(op, _norm_in_float32(sample) if op.family == "norm" else sample, function=op.eager)
+    sample = _norm_in_float32(sample) if op.family == "norm" else sample
+    return run(op, sample, function=op.eager, backward=backward)
 
 
 def _nearby(sample: Sample, seed: int) -> Sample:
@@ -112,15 +115,18 @@ def error(x: Tensor, exact: Tensor) -> float:
     return torch.where(same, 0.0, (x - exact).abs()).max().item() if x.numel() else 0.0
 
 
-def violations(op: Op, sample: Sample, dtype: torch.dtype, got: Outcome) -> list[str]:
-    """Which results break the rule, and by how much."""
-    exact = truth(op, sample)
-    by_torch = _errors(yardstick(op, sample), exact, got)
+def violations(
+    op: Op, sample: Sample, dtype: torch.dtype, got: Outcome, known: tuple[Outcome, Outcome] | None = None
+) -> list[str]:
+    """Which results break the rule, and by how much; `known`: truth and yardstick, where they are."""
+    backward = bool(got.gradients)
+    exact, theirs = known or (truth(op, sample, backward), yardstick(op, sample, backward))
+    by_torch = _errors(theirs, exact, got)
     bad = _beyond(op, sample, dtype, got, exact, by_torch)
     for seed in range(NEARBY + 1) if bad else ():
         near = _nearby(sample, seed) if seed else sample
-        exact_near = truth(op, near)
-        for other in (yardstick(op, near), run(op, near, backend="reference")):
+        exact_near = truth(op, near, backward)
+        for other in (yardstick(op, near, backward), run(op, near, backend="reference", backward=backward)):
             by_torch = [max(pair) for pair in zip(by_torch, _errors(other, exact_near, got))]
     return bad and _beyond(op, sample, dtype, got, exact, by_torch)
 

@@ -117,6 +117,9 @@ def _biases(make: Make) -> Iterator[Sample]:
     yield Sample("sinks, small", qkv(make, 1, 2, 9, 8), {"sinks": 3 * make(2)})
     nothing = torch.zeros(4, 9, dtype=torch.bool, device=make.device)
     yield Sample("sinks, all masked", qkv(make, 1, 2, 4, 16, s_k=9), {"attn_mask": nothing, "sinks": make(2)})
+    yield Sample("lse too", qkv(make, 2, 4, 70, 16, h_kv=2), {"return_lse": True, **causal})
+    both = {"return_lse": True, "sinks": make(2), "softcap": 5.0}
+    yield Sample("lse too, sinks", qkv(make, 1, 2, 40, 16), both)
     yield Sample("wide values", qkv(make, 1, 2, 50, 24, d_v=40), causal)
     yield Sample("narrow values, GQA", qkv(make, 2, 4, 50, 64, h_kv=2, d_v=16), {})
     yield Sample("values of one", qkv(make, 1, 1, 9, 8, d_v=1), {})
@@ -180,6 +183,7 @@ def draw(make: Make) -> Sample:
         "alibi_slopes": make(h).abs() / 4,
         "sinks": make(h),
         "scale": make.pick(0.1, 0.5),
+        "return_lse": True,
         "dropout_p": make.pick(0.1, 0.5),
     }
     kwargs |= {name: some[name] for name in make.choices.sample(list(some), make.pick(0, 1, 1, 2))}

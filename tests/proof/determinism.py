@@ -27,6 +27,7 @@ BATCHED = {
     "rope": ("query", "key"),
     "softmax": ("x",),
 }
+NOT_INVARIANT = {"quant_linear": "one row of x meets codes of 4 bits as whole numbers, more rows as floats"}
 
 
 class Row(NamedTuple):

@@ -98,12 +98,15 @@ def draw(op: Op, seed: int) -> tuple[Sample, torch.dtype]:
     return op.draw(Make(dtype, seed=seed)), dtype
 
 
-def fuzz(op: Op, seeds: Iterable[int], backend: str = "cpp", fenced: bool = False) -> Tally:
+def fuzz(
+    op: Op, seeds: Iterable[int], backend: str = "cpp", fenced: bool = False, with_gradient: int = 2**62
+) -> Tally:
     """Run cases of `op`.
 
     Args:
         op: of the table.
         seeds: the cases.
+        with_gradient: cases from this number on run forward alone.
         backend: where they run.
         fenced: inputs end at an unmapped page and have NaN between their elements, and in Triton's
             interpreter an int32 that overflows raises.
@@ -111,12 +114,15 @@ def fuzz(op: Op, seeds: Iterable[int], backend: str = "cpp", fenced: bool = Fals
     tally = Tally(op.name)
     for seed in seeds:
         sample, dtype = draw(op, seed)
+        backward = seed < with_gradient
         with overflow_checks() if fenced else nullcontext():
-            got = run(op, fence(sample) if fenced else sample, backend=backend)
-        tally.bad += [f"{op.name} case {seed}: {what}" for what in violations(op, sample, dtype, got)]
+            got = run(op, fence(sample) if fenced else sample, backend=backend, backward=backward)
+        known = truth(op, sample, backward), yardstick(op, sample, backward)
+        bad = violations(op, sample, dtype, got, known)
+        tally.bad += [f"{op.name} case {seed}: {what}" for what in bad]
         tally.forward += 1
         tally.backward += bool(got.gradients)
-        _pool(tally, op, sample, dtype, got)
+        _pool(tally, dtype, got, *known)
     return tally
 
 
@@ -133,19 +139,20 @@ def _fenced(x: Tensor) -> Tensor:
     return storage.as_strided(x.shape, x.stride()).copy_(x)
 
 
-def _pool(tally: Tally, op: Op, sample: Sample, dtype: torch.dtype, got: Outcome) -> None:
-    exact, theirs = truth(op, sample), yardstick(op, sample)
+def _pool(tally: Tally, dtype: torch.dtype, got: Outcome, exact: Outcome, theirs: Outcome) -> None:
     for kind in ("outputs", "gradients"):
         pool = tally.pools[str(dtype).removeprefix("torch."), kind]
         for results in zip(*(getattr(outcome, kind) for outcome in (got, theirs, exact))):
             pool.add(*results, UNIT[dtype])
 
 
-def fuzz_all(cases: int, backend: str = "cpp", fenced: bool = False, processes: int = 2) -> dict[str, Tally]:
-    """`cases` of every op, shared out over processes."""
+def fuzz_all(
+    cases: int, with_gradient: int, backend: str = "cpp", fenced: bool = False, processes: int = 2
+) -> dict[str, Tally]:
+    """`cases` of every op, the first `with_gradient` backward too, shared out over processes."""
     chunk = max(1, cases // 8)
     jobs = [
-        (name, range(start, min(cases, start + chunk)), backend, fenced)
+        (name, range(start, min(cases, start + chunk)), backend, fenced, with_gradient)
         for name in OPS
         for start in range(0, cases, chunk)
     ]
