@@ -9,28 +9,21 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: a thread that waits must not spin
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads OpenMP
 
+sys.path.insert(0, str(Path(__file__).parent))  # the helpers beside the tests
+sys.path.append(str(Path(__file__).parent.parent))  # benchmarks/
 import torch
+from here import GPU, TRITON
 
-GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 os.environ.pop("PYTHONSAFEPATH", None)  # processes that tests start name their own folder
-sys.path.insert(0, str(Path(__file__).parent))  # the helpers beside the tests
-sys.path.append(str(Path(__file__).parent.parent))  # benchmarks/
-
-try:
-    import triton  # noqa: F401
-
-    TRITON = True
-except ImportError:
-    TRITON = False
 if TRITON and not GPU:
     import triton_interpreter
 
     triton_interpreter.install()
 
-import llmkern  # noqa: E402
-from llmkern import _cpu  # noqa: E402
+import llmkern
+from llmkern import _cpu
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

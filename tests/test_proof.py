@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GPU, TRITON
 from error_rule import Outcome
+from here import GPU, TRITON
 from proof import determinism, fuzz, malformed, mutants
 
 import llmkern
@@ -60,7 +60,7 @@ def test_a_planted_bias_is_seen():
 def test_a_read_outside_is_seen():
     """A fenced tensor ends the process that reads one element beyond it."""
     script = (
-        "import conftest, torch, ctypes; from proof.fuzz import _fenced\n"
+        "import torch, ctypes; from proof.fuzz import _fenced\n"
         "x = _fenced(torch.ones(5)); ctypes.string_at(x.data_ptr(), 20); print('inside', flush=True)\n"
         "ctypes.string_at(x.data_ptr(), 21); print('outside')"
     )

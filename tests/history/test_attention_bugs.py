@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPU
+from here import GPU
 from history.bugs import bug, close, far_apart, randn
 from triton_interpreter import overflow_checks
 

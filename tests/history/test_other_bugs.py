@@ -6,10 +6,10 @@ import struct
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPU, TRITON
 from error_rule import run
 from gguf_file import build, info
 from guard_pages import guarded
+from here import GPU, TRITON
 from history.bugs import COUNT, bug, close, far_apart, randn
 from torch import nn
 from triton_interpreter import overflow_checks
