@@ -41,11 +41,11 @@ constexpr int64_t kRowPanels = 144 / kTileRows;  // most panels of A in a task
 constexpr int64_t kColPanels = 768 / kTileCols;  // and of B: with K in blocks, 432 KiB of sums wait in L2
 constexpr int64_t kPackedBytes = 16 << 20;       // of B, packed at a time when it is used once
 
-// tile (kTileRows x kTileCols) = or += a · b over `units` steps of two packed panels.
-template <int depth>
+// tile (kTileRows x kTileCols), or the first `rows` of it, = or += a · b over `units` steps of two packed panels.
+template <int depth, int rows = kTileRows>
 [[gnu::noinline]] void multiply_tile(int64_t units, const float* a, const float* b, float* tile, bool add) {
   constexpr int kVecs = kTileCols / W;
-  Vec sums[kTileRows][kVecs] = {};
+  Vec sums[rows][kVecs] = {};
   for (int64_t u = 0; u < units; ++u, a += kTileRows, b += kTileCols) {
     Vec row[kVecs];
 #pragma GCC unroll 4
@@ -54,7 +54,7 @@ template <int depth>
       prefetch(b + 8 * kTileCols + j * W);
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < kTileRows; ++i) {
+    for (int i = 0; i < rows; ++i) {
       const Vec x = set(a[i]);
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j)
@@ -62,7 +62,7 @@ template <int depth>
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < kTileRows; ++i)
+  for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) {
       float* to = tile + i * kTileCols + j * W;
@@ -217,10 +217,42 @@ void multiply(const Matrix<const T>& a, const Packed<T>& b, const Epilogue& epil
   multiply_blocks(a, b, Finish(epilogue, touched, a.rows, first_col, b.rows));
 }
 
+// The same for at most kTileRows rows of A, which meet each panel of B as soon as it is packed, in the first
+// cache: to read B is all that takes time.  Each sum is that of `multiply_block`, bit for bit.
+template <class T>
+void multiply_few(const Matrix<const T>& a, const Matrix<const T>& b, const Finish& finish) {
+  constexpr int depth = Units<T>::depth;
+  const int64_t units = ceil_div(a.cols, depth), blocks = std::max<int64_t>(1, ceil_div(units, kDepth));
+  const int64_t step = ceil_div(units, blocks), a_size = panel_size<kTileRows>(step);
+  const auto block_of = [&](int64_t u) { return std::min(std::min(step, units - u) * depth, a.cols - u * depth); };
+  const Buffer a_panels(blocks * a_size * sizeof(float));
+  for (int64_t u = 0, i = 0; i < blocks; u += step, ++i)
+    Packing<kTileRows, T>(a, 0, u * depth, block_of(u)).run(1, a_panels.as<float>() + i * a_size);
+  const auto multiply_rows = a.rows == 1   ? multiply_tile<depth, 1>
+                             : a.rows == 2 ? multiply_tile<depth, 2>
+                             : a.rows <= 4 ? multiply_tile<depth, 4>
+                                           : multiply_tile<depth>;
+  // columns of B that are neighbours are read a kilobyte at a time
+  const int64_t panels = ceil_div(b.rows, kTileCols), wide = b.row_stride == 1 ? 256 / kTileCols : 1;
+  parallel_for(ceil_div(panels, wide), false, [&](int64_t task) {
+    const int64_t first = task * wide, count = std::min(wide, panels - first);
+    const Buffer b_panels(count * panel_size<kTileCols>(step) * sizeof(float)), sums(count * kTile * sizeof(float));
+    for (int64_t u = 0, i = 0; i < blocks; u += step, ++i) {
+      const int64_t n = std::min(step, units - u);
+      Packing<kTileCols, T>(b, first * kTileCols, u * depth, block_of(u)).run(count, b_panels.as<float>());
+      for (int64_t j = 0; j < count; ++j)
+        multiply_rows(n, a_panels.as<float>() + i * a_size, b_panels.as<float>() + j * panel_size<kTileCols>(n),
+                      sums.as<float>() + j * kTile, i > 0);
+    }
+    for (int64_t j = 0; j < count; ++j) finish(sums.as<float>() + j * kTile, 0, (first + j) * kTileCols);
+  });
+}
+
 // The same for a second operand that is used once: packed in parts that stay in the shared cache.
 template <class T, class Epilogue>
 void multiply(const Matrix<const T>& a, const Matrix<const T>& b, const Epilogue& epilogue,
               const TouchedList& touched = {}) {
+  if (a.rows <= kTileRows) return multiply_few(a, b, Finish(epilogue, touched, a.rows, 0, b.rows));
   const int64_t bytes = std::max<int64_t>(1, b.cols) * kTileCols * 4 / Units<T>::depth;
   const int64_t rows = std::max<int64_t>(1, kPackedBytes / bytes) * kTileCols;
   for (int64_t first = 0; first < b.rows; first += rows)

@@ -122,8 +122,10 @@ class Packing {
         const T* from = from_ + (first + p) * row_ + u * U::depth;
         const int64_t rows = std::min<int64_t>(P, rows_ - first) - p;
         Vec block[W];
-        for (int i = 0; i < W; ++i)
+        for (int i = 0; i < W; ++i) {
           block[i] = i < rows ? U::along_depth(from + i * row_, depth_ - u * U::depth) : Vec{};
+          prefetch_l2(from + i * row_ + 2 * W * U::depth);  // of many rows the processor follows only some
+        }
         transpose(block);
         const int64_t n = std::min<int64_t>(W, units() - u);
         for (int64_t i = 0; i < n; ++i) store(panel + (u + i) * P + p, block[i]);
