@@ -12,6 +12,7 @@ import os
 import socket
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.multiprocessing as mp
@@ -19,16 +20,26 @@ import torch.multiprocessing as mp
 from llmkern.machine import describe
 from llmkern.models import GPT, GPTConfig
 from llmkern.parallel import Parallel, Sizes, start
-from llmkern.parallel.outer import OuterSteps
+from llmkern.parallel.outer import Outer
 from llmkern.parallel.traffic import Traffic
-from llmkern.text.batches import Batches
+from llmkern.text.batches import Batches, split
 from llmkern.train import TrainConfig, Trainer
+from llmkern.train.loop import evaluate
 
 ROOT = Path(__file__).parent.parent
-STEPS, ROWS, BLOCK = 300, 8, 64
+STEPS, ROWS, BLOCK = 600, 8, 64
+EVERY, HELD_OUT = 50, 20  # steps between looks at held-out text, all outer steps; batches of each
 WAYS = {"DDP": {}, "bf16": {"saver": "bf16"}, "PowerSGD, rank 4": {"saver": "powersgd"}}
-WAYS |= {f"DiLoCo, every {every}": {"every": every} for every in (10, 50)}
-WAYS |= {"local SGD, every 10": {"every": 10, "learning_rate": 1.0, "momentum": 0.0}}
+WAYS |= {f"DiLoCo, every {every}": {"outer": Outer(every)} for every in (10, 50)}
+WAYS |= {"local SGD, every 10": {"outer": Outer(10, learning_rate=1.0, momentum=0.0)}}
+
+
+class Course(NamedTuple):
+    """What a training went through; losses are means of both replicas, in nats a character."""
+
+    losses: list[float]  # of each step's batch, each replica with its own weights
+    held_out: dict[int, float]  # steps done -> loss on held-out text, with weights that are the same on both
+    bytes_a_step: float  # that each replica sends
 
 
 def tokens() -> tuple[torch.Tensor, int]:
@@ -40,26 +51,21 @@ def tokens() -> tuple[torch.Tensor, int]:
     return torch.tensor([letters[c] for c in text]), len(letters)
 
 
-def train(way: dict, text: torch.Tensor, vocab: int) -> tuple[list[float], float]:
-    """Losses, means of both replicas, and bytes that each sends in a step."""
+def train(way: dict, text: torch.Tensor, vocab: int) -> Course:
     torch.manual_seed(0)
-    model, rank = GPT(GPTConfig(vocab, BLOCK, n_layer=2, n_head=4, n_embd=64)), torch.distributed.get_rank()
+    model = GPT(GPTConfig(vocab, BLOCK, n_layer=2, n_head=4, n_embd=64))
     config = TrainConfig(steps=STEPS, warmup_steps=20)
-    batches = Batches(text, ROWS // 2, BLOCK, order="random", rank=rank, world=2)
-    outer = parallel = None
-    if "every" in way:
-        outer = OuterSteps(model.parameters(), **way)
-    else:
-        parallel = Parallel(model, start(Sizes(dp=2), "cpu"), **way)
-    trainer, losses = Trainer(model, batches, config, parallel=parallel), []
-    with Traffic() as traffic:
-        for record in trainer:
-            if outer is not None:
-                outer.step()
-            losses.append(record.loss)
-    both = torch.tensor(losses, dtype=torch.float64)
-    torch.distributed.all_reduce(both)
-    return (both / 2).tolist(), sum(traffic.sent.values()) / STEPS
+    parallel = Parallel(model, start(Sizes(dp=2), "cpu"), **way)
+    rank = parallel.data_rank
+    learnt, held_out = (Batches(part, ROWS // 2, BLOCK, rank=rank, world=2) for part in split(text))
+    trainer, losses, found, sent = Trainer(model, learnt, config, parallel=parallel), [], {}, 0.0
+    while trainer.step < STEPS:
+        with Traffic() as traffic:
+            losses.append(trainer.advance().loss)
+        sent += sum(traffic.sent.values())
+        if trainer.step % EVERY == 0:
+            found[trainer.step] = evaluate(parallel, held_out, HELD_OUT)
+    return Course(losses, found, sent / STEPS)
 
 
 def work(rank: int, port: int, out: str) -> None:
@@ -67,7 +73,7 @@ def work(rank: int, port: int, out: str) -> None:
     torch.set_num_threads(1)
     start(Sizes(dp=2), "cpu")
     text, vocab = tokens()
-    found = {name: train(way, text, vocab) for name, way in WAYS.items()}
+    found = {name: train(way, text, vocab)._asdict() for name, way in WAYS.items()}
     if rank == 0:
         Path(out).write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
@@ -76,14 +82,18 @@ def work(rank: int, port: int, out: str) -> None:
 def plot(ways: dict[str, dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for name, way in ways.items():
-        smooth = [sum(way["losses"][max(0, i - 9) : i + 1]) / min(i + 1, 10) for i in range(STEPS)]
-        axes.plot(smooth, label=f"{name}, {way['bytes_a_step']:,.0f} bytes a step", linewidth=1)
-    axes.set(xlabel="step", ylabel="loss (nats), mean of the last 10 steps")
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+        smooth = [sum(way["losses"][max(0, i - 19) : i + 1]) / min(i + 1, 20) for i in range(STEPS)]
+        left.plot(smooth, linewidth=1)
+        label = f"{name}, {way['bytes_a_step'] / 1e3:,.1f} kB a step"
+        right.plot([*map(int, way["held_out"])], [*way["held_out"].values()], "o-", markersize=3, label=label)
+    left.set(xlabel="step", ylabel="loss (nats) of a replica, mean of the last 20 steps")
+    right.set(xlabel="step", ylabel="loss (nats) on held-out text, of what they agreed on")
+    right.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
 
 
@@ -94,13 +104,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
         mp.spawn(work, (port, str(out)), nprocs=2)
-        found = json.loads(out.read_text())
-    ways = {
-        name: {"losses": losses, "end": sum(losses[-30:]) / 30, "bytes_a_step": sent}
-        for name, (losses, sent) in found.items()
-    }
+        ways = json.loads(out.read_text())
     for name, way in ways.items():
-        print(f"{name:<22} loss {way['end']:.4f} (last 30 steps), {way['bytes_a_step']:>10,.0f} bytes a step")
+        end, sent = way["held_out"][str(STEPS)], way["bytes_a_step"]
+        print(f"{name:<22} {end:.4f} on held-out text, {sent:>10,.0f} bytes a step")
     result = {"machine": describe("cpu"), "steps": STEPS, "ways": ways}
     path = ROOT / "benchmarks" / "results" / f"savers-{datetime.date.today().isoformat()}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")

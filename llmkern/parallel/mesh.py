@@ -117,6 +117,9 @@ def launched() -> tuple[int, int]:
     rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
     if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):
         raise UserError(f"RANK is {rank!r} and WORLD_SIZE {world!r}, expected 0 <= RANK < WORLD_SIZE")
+    port = os.environ["MASTER_PORT"]
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+        raise UserError(f"MASTER_PORT is {port!r}, expected a number from 1 to {2**16 - 1}")
     return int(rank), int(world)
 
 
@@ -127,6 +130,9 @@ def start(sizes: Sizes, device: str, timeout: float = 600.0) -> DeviceMesh:
         sizes: of the axes.
         device: "cpu" (gloo) or "cuda" (NCCL; the GPU is that of LOCAL_RANK).
         timeout: seconds after which an exchange that does not end is an error.
+
+    Raises:
+        UserError: the others were not met in that time.
     """
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -141,9 +147,18 @@ def _join(backend: str, timeout: timedelta) -> None:
     torchrun keeps one store for all its restarts, and torch (2.13) uses the same names in it each time: a
     process then may find the addresses of those that died before.  So each start has names of its own.
     """
-    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(f"llmkern/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{world}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    rank, world = launched()
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(f"llmkern/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{world}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    except RuntimeError as error:  # torch's errors of stores and networks are
+        why = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"rank {rank} of {world} did not meet the others at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} within {timeout.total_seconds():g} s; see that all {world} were "
+            f"started, and that this is the address of the first ({why})"
+        ) from None
 
 
 def shape_of(config: Any) -> dict[str, int]:

@@ -23,9 +23,13 @@ def shards(t: Tensor) -> int:
 
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: Iterable[Tensor], max_norm: float, ranks: int, copy: Tensor | None = None
+    parameters: Iterable[Tensor],
+    max_norm: float,
+    ranks: int,
+    copy: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """As `torch.nn.utils.clip_grad_norm_`, for parameters on any meshes; called by all processes.
+    """As `torch.nn.utils.clip_grad_norm_`, for parameters on any meshes; called by all of `group`.
 
     Every process adds the squares of its parts, divided by the number of processes that hold the same.
 
@@ -34,6 +38,7 @@ def clip_grad_norm_(
         max_norm: gradients are scaled so that their norm is at most this.
         ranks: processes among which each parameter is divided or copied: those of one stage.
         copy: one of the parameters, which another stage has and counts.
+        group: the processes of one model; None is all.
 
     Returns:
         The norm before, float64; the same on all processes.
@@ -42,7 +47,7 @@ def clip_grad_norm_(
     grads = [g for g, _ in found]
     parts = [local(g).float().square().sum().double() * (shards(g) / ranks) for g, counts in found if counts]
     total = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=group)
     norm = total.sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for g in grads:

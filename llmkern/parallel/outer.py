@@ -4,12 +4,29 @@ Source: Douillard et al. 2023, DiLoCo, arXiv:2311.08105, algorithm 1; Stich 2018
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-LEARNING_RATE, MOMENTUM = 0.7, 0.9  # of the outer optimizer, SGD with Nesterov momentum: DiLoCo, section 3.1
+from .norm import local
+
+OWN, MOMENTUM = "own", "outer"  # fields of a parameter in a checkpoint, beside those of the inner optimizer
+
+
+class Outer(NamedTuple):
+    """How replicas agree.
+
+    Attributes:
+        every: H, steps between; 1 / H of the bytes of DDP are sent.
+        learning_rate, momentum: of the outer optimizer, SGD with Nesterov momentum (DiLoCo, section 3.1); 1
+            and 0 average the weights, as local SGD does.
+    """
+
+    every: int
+    learning_rate: float = 0.7
+    momentum: float = 0.9
 
 
 class OuterSteps:
@@ -19,40 +36,74 @@ class OuterSteps:
     gradient, and go on from where the outer optimizer steps to.  Inner moments stay a replica's own.
 
     Args:
-        parameters: of this replica, equal on all.
-        every: H, steps between; 1 / H of the bytes of DDP are sent.
-        group: the replicas.
-        learning_rate, momentum: of the outer optimizer; 1 and 0 average the weights, as local SGD does.
+        parameters: of this replica, equal on all; of one that several processes share, this one's parts.
+        outer: how.
+        group: the replicas, or those of their processes that have the same parts.
     """
 
     def __init__(
-        self,
-        parameters: Iterable[nn.Parameter],
-        every: int,
-        group: dist.ProcessGroup | None = None,
-        learning_rate: float = LEARNING_RATE,
-        momentum: float = MOMENTUM,
+        self, parameters: Iterable[nn.Parameter], outer: Outer, group: dist.ProcessGroup | None = None
     ) -> None:
-        self.parameters, self.every, self.group, self.count = list(parameters), every, group, 0
+        self.parameters, self.every, self.group = list(parameters), outer.every, group
         self.agreed = [p.detach().clone().requires_grad_() for p in self.parameters]
-        self.optimizer = torch.optim.SGD(
-            self.agreed, lr=learning_rate, momentum=momentum, nesterov=momentum > 0
-        )
+        rate, momentum = outer.learning_rate, outer.momentum
+        self.optimizer = torch.optim.SGD(self.agreed, rate, momentum, nesterov=momentum > 0)
 
     @torch.no_grad()
-    def step(self) -> bool:
-        """Whether this was an outer step."""
-        self.count += 1
-        if self.count % self.every:
+    def step(self, done: int) -> bool:
+        """Whether this was an outer step; `done` steps of the inner optimizer are."""
+        if done % self.every:
             return False
         for agreed, p in zip(self.agreed, self.parameters):
-            agreed.grad = self._mean(agreed - p)
+            agreed.grad = agreed - p
+        works = [dist.all_reduce(local(a.grad), group=self.group, async_op=True) for a in self.agreed]
+        for work, agreed in zip(works, self.agreed):
+            work.wait()
+            local(agreed.grad).div_(dist.get_world_size(self.group))
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         for agreed, p in zip(self.agreed, self.parameters):
-            agreed.grad = None
             p.copy_(agreed)
         return True
 
-    def _mean(self, t: Tensor) -> Tensor:
-        dist.all_reduce(t, group=self.group)
-        return t / dist.get_world_size(self.group)
+    def tensors(self, parameters: dict[str, nn.Parameter], moments: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this replica adds to a checkpoint: the first the weights of the last outer step for all.
+
+        Args:
+            parameters: of this process, by name.
+            moments: "parameter/field" -> tensor of the inner optimizer.
+
+        Returns:
+            "parameter/field.R" -> what replica R has for itself, its weights in the field `OWN`; and of the
+            first "parameter" -> weights, "parameter/outer" -> momentum, in which all are the same.
+        """
+        replica = dist.get_rank(self.group)
+        apart = moments | {f"{name}/{OWN}": p.detach() for name, p in parameters.items()}
+        found = {f"{key}.{replica}": t for key, t in apart.items()}
+        agreed = dict(zip(self.parameters, self.agreed))
+        for name, p in parameters.items() if replica == 0 else ():
+            found[name] = agreed[p].detach()
+            buffer = self.optimizer.state.get(agreed[p], {}).get("momentum_buffer")
+            if buffer is not None:  # there has been an outer step
+                found[f"{name}/{MOMENTUM}"] = buffer
+        return found
+
+    @torch.no_grad()
+    def load(self, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Go on where a replica was; parameters are as agreed now.
+
+        Args:
+            parameters: as above.
+            tensors: "parameter/field" -> tensor, of this replica.
+
+        Returns:
+            Those of the inner optimizer.
+        """
+        agreed = dict(zip(self.parameters, self.agreed))
+        rest = dict(tensors)
+        for name, p in parameters.items():
+            p.copy_(rest.pop(f"{name}/{OWN}"))
+            buffer = rest.pop(f"{name}/{MOMENTUM}", None)
+            if buffer is not None:
+                self.optimizer.state[agreed[p]]["momentum_buffer"] = buffer
+        return rest

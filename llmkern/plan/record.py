@@ -46,12 +46,20 @@ def published_seconds(entry: dict[str, Any]) -> float:
 
 
 class Point(NamedTuple):
-    """One published run: its paper, devices, and MFU with attention whole, published and planned."""
+    """One published run.
+
+    Attributes:
+        paper, devices: of it.
+        published, planned: MFU, attention counted whole.
+        published_seconds, planned_seconds: of a step.
+    """
 
     paper: str
     devices: int
     published: float
     planned: float
+    published_seconds: float
+    planned_seconds: float
 
 
 def points() -> list[Point]:
@@ -64,5 +72,6 @@ def points() -> list[Point]:
         devices = Strategy(**entry["strategy"]).devices
         work = flops(config.find(entry["model"]), entry["seq"]).training() * entry["batch"] * entry["seq"]
         best = work / devices / hardware.find(entry["device"]).peak()
-        result.append(Point(paper, devices, best / published_seconds(entry), best / predict(entry).total))
+        seconds, planned = published_seconds(entry), predict(entry).total
+        result.append(Point(paper, devices, best / seconds, best / planned, seconds, planned))
     return result

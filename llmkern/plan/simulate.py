@@ -68,18 +68,21 @@ def plot(path: Path, points: list[Point], on: str) -> Path:
         raise UserError("--simulate draws with matplotlib; `pip install llmkern[plot]`, or --json") from error
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    devices = [p.devices for p in points]
-    left.plot(devices, [100 * p.mfu for p in points], "o-", color="#c2410c", label=f"planned, {on}")
-    marks = iter("s^D")
-    for paper in PAPERS.values():
+    devices, old, ours = [p.devices for p in points], "#374151", "#c2410c"
+    left.plot(devices, [100 * p.mfu for p in points], "o-", color=ours, label=f"planned, {on}")
+    right.plot(devices, [p.seconds for p in points], "o-", color=ours)
+    for paper, mark in zip(PAPERS.values(), "s^D"):
         runs = [run for run in published_runs() if run.paper == paper]
-        xs, mark = [run.devices for run in runs], next(marks)
-        left.plot(xs, [100 * r.published for r in runs], mark, color="#374151", mfc="none", label=paper)
-        left.plot(xs, [100 * r.planned for r in runs], mark, color="#c2410c", markersize=3)
-    left.plot([], [], "o", color="#c2410c", markersize=3, label="planned of the same runs")
+        xs = [run.devices for run in runs]
+        left.plot(xs, [100 * r.published for r in runs], mark, color=old, mfc="none", label=paper)
+        left.plot(xs, [100 * r.planned for r in runs], mark, color=ours, markersize=3)
+        right.plot(xs, [r.published_seconds for r in runs], mark, color=old, mfc="none")
+        right.plot(xs, [r.planned_seconds for r in runs], mark, color=ours, markersize=3)
+    left.plot([], [], "o", color=ours, markersize=3, label="planned of the same runs")
     left.set(xscale="log", xlabel="devices", ylabel="MFU (%), attention counted whole", ylim=(0, None))
-    right.plot(devices, [p.seconds for p in points], "o-", color="#c2410c")
-    right.set(xscale="log", yscale="log", xlabel="devices", ylabel="seconds of a step")
+    right.set(
+        xscale="log", yscale="log", xlabel="devices", ylabel="seconds of a step, each run its own model"
+    )
     left.legend(frameon=False, fontsize=8)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

@@ -73,6 +73,11 @@ class Checkpoint:
         """Parameters whose rows are in another order, as `llmkern.parallel` has them."""
         return self.state.get("packed", {})
 
+    @property
+    def replicas(self) -> int:
+        """Replicas that trained apart, each with fields "field.R" of its own; 0 if there are none."""
+        return self.state.get("replicas", 0)
+
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the model was trained with."""
         return load_tokenizer(self.folder / TOKENIZER)

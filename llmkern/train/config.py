@@ -61,6 +61,11 @@ class RunConfig(TrainConfig):
     device: str = key("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
     parallel: str = key("", "mesh of processes that torchrun started, as dp=2,fsdp=2,tp=2,pp=1,cp=1")
     saver: str = key("none", "how dp sends gradients: whole, in bfloat16, or of low rank", SAVERS)
+    outer_every: int = key(
+        0, "steps after which replicas of dp, each alone until then, agree; 0: never alone", least=0
+    )
+    outer_learning_rate: float = key(0.7, "of the outer optimizer, DiLoCo's; 1 averages weights", least=0)
+    outer_momentum: float = key(0.9, "of the outer optimizer, Nesterov's", least=0, below=1)
     micro_batch: int = key(1, "windows that go through the stages of pp together", least=1)
     timeout: float = key(600.0, "seconds after which an exchange between processes is given up", least=1)
     verify_data: bool = key(True, "compare every byte of the data with its checksum at the start")

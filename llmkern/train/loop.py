@@ -109,6 +109,8 @@ class Trainer:
         norm = self._update(loss)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        if self.parallel is not None:
+            self.parallel.agree(self.step)
         return Record(self.step - 1, loss, norm, rate, tokens, time.perf_counter() - start)
 
     def batch_numbers(self, step: int) -> range:

@@ -30,7 +30,7 @@ from .config import FREE, RunConfig
 from .log import JsonLog, Log, TensorBoardLog, read_log
 from .loop import IndexedBatches, NotFinite, Trainer, evaluate
 from .stop import StopSignal
-from .team import Team
+from .team import team_of
 from .tensors import fill_optimizer
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias")
@@ -73,7 +73,7 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, say: Callable[[str], None] = _warn) -> None:
-        self.team = Team(config) if config.parallel else None
+        self.team = team_of(config)
         self.leads = self.team is None or self.team.rank == 0
         self.say = say if self.leads else lambda sentence: None
         self.path = Path(config.out)

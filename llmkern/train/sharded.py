@@ -2,6 +2,8 @@
 
     shard-00001-model-00001-of-00001.safetensors, ...     "parameter" and "parameter/field", and their places
 
+What replica R has for itself, where replicas train apart, is "parameter/field.R".
+
 By torch.distributed.checkpoint in the safetensors format of its Hugging Face storage: no pickle, and a folder
 of whole tensors reads the same.  Of an optimizer each process reads no more than its parts.
 """
@@ -47,14 +49,23 @@ def read(folder: Path, wanted: Callable[[str], bool], packed: dict[str, int]) ->
     return {key: _unpacked(key, t, packed) for key, t in tensors.items()}
 
 
-def read_parts(folder: Path, parallel: "Parallel", packed: dict[str, int]) -> dict[str, Tensor]:
-    """This process's parts of an optimizer's "parameter/field" tensors; fields of one element are whole."""
+def read_parts(
+    folder: Path, parallel: "Parallel", packed: dict[str, int], replicas: int
+) -> dict[str, Tensor]:
+    """This process's parts of an optimizer's "parameter/field" tensors; fields of one element are whole.
+
+    Args:
+        packed, replicas: as the checkpoint has them; of replicas that train apart each reads its own, and
+            where there are more now than were saved, several begin with the same.
+    """
     from ..parallel.tensor import part_of
 
     parameters, tensors, reordered = parallel.parameters(), {}, []
+    mine = str(parallel.replica % replicas) if replicas else ""
     for key, whole in _wholes(folder).items():
         name, _, field = key.rpartition("/")
-        if not field or name not in parameters:
+        replica = field.partition(".")[2]
+        if not field or name not in parameters or replica not in ("", mine):
             continue
         p = parameters[name]
         tensors[key] = whole
@@ -68,7 +79,7 @@ def read_parts(folder: Path, parallel: "Parallel", packed: dict[str, int]) -> di
         name = key.rpartition("/")[0]
         whole = _unpacked(key, tensors[key], packed)
         tensors[key] = part_of(whole, parameters[name], parallel.packed.get(name))
-    return tensors
+    return {key.removesuffix(f".{mine}") if mine else key: t for key, t in tensors.items()}
 
 
 def _wholes(folder: Path) -> dict[str, Tensor]:

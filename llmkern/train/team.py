@@ -20,6 +20,7 @@ from .tensors import fill_optimizer, optimizer_state
 
 if TYPE_CHECKING:
     from ..parallel import Parallel
+    from ..parallel.outer import Outer
 
 
 class Team:
@@ -51,6 +52,13 @@ class Team:
                 )
             if config.saver != "none" and s.world != s.dp:
                 raise UserError(f"saver is {config.saver} and parallel {s}: expected dp alone, or saver none")
+            if config.saver != "none" and config.outer_every:
+                raise UserError(f"saver is {config.saver} and outer_every {config.outer_every}: expected one")
+            if config.outer_every and config.steps % config.outer_every:
+                raise UserError(
+                    f"outer_every is {config.outer_every}, which does not divide steps {config.steps}; what "
+                    "replicas learn behind the last outer step would be lost"
+                )
             if config.nonfinite == "skip" and config.saver == "powersgd":
                 raise UserError("saver powersgd keeps errors from step to step, expected nonfinite stop")
         self.part = (0, self.sizes.data)
@@ -81,7 +89,7 @@ class Team:
             )
         with self._one_voice():
             self.parallel = parallel = Parallel(
-                model, mesh, config.torch_dtype, config.saver, config.micro_batch
+                model, mesh, config.torch_dtype, config.saver, config.micro_batch, outer_of(config)
             )
         self.part = parallel.data_rank, parallel.data_world
         torch.manual_seed(config.seed + self.rank)  # each drops other elements
@@ -95,6 +103,8 @@ class Team:
         parameters = self.parallel.parameters()
         moments, groups = optimizer_state(optimizer, parameters)
         tensors = {name: p.detach() for name, p in parameters.items()} | moments
+        if self.parallel.outer is not None:
+            tensors = self.parallel.outer.tensors(parameters, moments)
         if self.parallel.copy is not None:  # the first stage has the same
             copy = self.parallel.names["lm_head.weight"]
             tensors = {key: t for key, t in tensors.items() if key.split("/")[0] != copy}
@@ -113,6 +123,8 @@ class Team:
 
         if self.rank == 0:
             fields = {"model": self.description, "optimizer": self._join(every), "packed": packed}
+            if self.parallel.outer is not None:
+                fields["replicas"] = self.sizes.dp
             checkpoint.write(run, step, fill, tokenizer, state | fields, keep)
         else:
             fill(NewFolder(path))
@@ -136,7 +148,9 @@ class Team:
             {**group, "params": [name for name in mine["params"] if name in group["params"]]}
             for mine, group in zip(now, saved)
         ]
-        tensors = sharded.read_parts(found.folder, self.parallel, found.packed)
+        tensors = sharded.read_parts(found.folder, self.parallel, found.packed, found.replicas)
+        if self.parallel.outer is not None:
+            tensors = self.parallel.outer.load(parameters, tensors)
         fill_optimizer(optimizer, parameters, tensors, groups)
 
     @contextmanager
@@ -171,6 +185,28 @@ class Team:
         """The group; a process whose peers are gone does not wait for them."""
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def team_of(config: RunConfig) -> Team | None:
+    """The processes that train together, or None if this one is alone.
+
+    Raises:
+        UserError: as `Team`; a key that says how replicas exchange, and there are none.
+    """
+    if config.parallel:
+        return Team(config)
+    for name, off in (("saver", "none"), ("outer_every", 0)):
+        if (value := getattr(config, name)) != off:
+            raise UserError(f"{name} is {value}, and there are no replicas; give parallel dp=N too, or {off}")
+    return None
+
+
+def outer_of(config: RunConfig) -> "Outer | None":
+    """How replicas agree, or None if they exchange gradients."""
+    from ..parallel.outer import Outer
+
+    rate, momentum = config.outer_learning_rate, config.outer_momentum
+    return Outer(config.outer_every, rate, momentum) if config.outer_every else None
 
 
 def speaks() -> bool:

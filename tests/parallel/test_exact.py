@@ -5,7 +5,7 @@ import pytest
 import torch
 from exact import gpt, llama
 
-from llmkern.parallel import Sizes
+from llmkern.parallel import Sizes, tensor
 from llmkern.swap import swap_
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
@@ -71,8 +71,15 @@ def check(cases: dict) -> None:
 
 def low() -> None:
     """bfloat16 rounds other sums than one process does."""
-    for name, sizes in WAYS.items():
+    for name, sizes in {**WAYS, "PP": Sizes(pp=2)}.items():
         exact.check(f"{name} in bfloat16", sizes, gpt, {"dtype": "bfloat16", "steps": 5}, rtol=0.05)
+
+
+def planted() -> None:
+    """Norms keep the gradients of this process's tokens."""
+    tensor.sum_replicated = lambda model, mesh: None
+    with pytest.raises(AssertionError, match="TP: step 0 gives"):
+        exact.check("TP", Sizes(tp=2), gpt, {"steps": 2})
 
 
 def test_two_processes():
@@ -83,6 +90,11 @@ def test_two_processes():
 def test_two_processes_more():
     exact.processes(2, check, ALL)
     exact.processes(2, low)
+
+
+@pytest.mark.slow
+def test_a_wrong_gradient_is_seen():
+    exact.processes(2, planted)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What happens when processes die, or are too many or too few."""
 
+import socket
 from pathlib import Path
 
 import launch
@@ -9,9 +10,11 @@ import torch
 from launch import DYING, torchrun
 
 from llmkern.errors import UserError
-from llmkern.parallel.mesh import Sizes, launched
+from llmkern.parallel.mesh import Sizes, launched, start
 from llmkern.train import checkpoint
+from llmkern.train.config import RunConfig
 from llmkern.train.log import read_log
+from llmkern.train.team import team_of
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 SHAPE = {"heads": 4, "key heads": 2, "inner width": 64, "layers": 2, "vocab_size": 33, "window": 0}
@@ -126,3 +129,38 @@ def test_a_launcher_is_needed(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="RANK is '2' and WORLD_SIZE '2'"):
         launched()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("MASTER_PORT", "many")
+    with pytest.raises(UserError, match="MASTER_PORT is 'many', expected a number"):
+        launched()
+
+
+def test_who_meets_nobody_says_so(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", **address}.items():
+        monkeypatch.setenv(name, value)
+    says = f"rank 1 of 2 did not meet the others at 127.0.0.1:{port} within 1 s"
+    with pytest.raises(UserError, match=says) as error:
+        start(Sizes(dp=2), "cpu", timeout=1)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "keys, says",
+    [
+        ({"saver": "bf16"}, "saver is bf16, and there are no replicas; give parallel dp=N too, or none"),
+        ({"outer_every": 2}, "outer_every is 2, and there are no replicas"),
+        ({"parallel": "fsdp=2", "saver": "bf16"}, "saver is bf16 and parallel fsdp=2: expected dp alone"),
+        ({"parallel": "dp=2", "saver": "bf16", "outer_every": 2}, "saver is bf16 and outer_every 2"),
+        ({"parallel": "dp=2", "outer_every": 4}, "outer_every is 4, which does not divide steps 6"),
+    ],
+)
+def test_savers_that_do_not_fit(keys, says, monkeypatch):
+    launcher = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=says):
+        team_of(RunConfig(data="none", steps=6, **keys))

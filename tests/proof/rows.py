@@ -242,6 +242,13 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
         "runs killed at every write of their checkpoints, and at random", "≥ 100 and ≥ 40, no loss diverges",
         "a checkpoint written in place (seeded bug)", "tests/train", "-m", "slow or not slow",
     ),
+    "distributed": tested(
+        "training divided over 2 and 4 processes (DDP, FSDP, TP, CP, PP, nine combinations), replicas apart, "
+        "processes killed and hung, a link cut between two network namespaces",
+        "losses, norms and gradients of one process to 1e-5; the same bits after a restart",
+        "gradients of one process's tokens alone: test_a_wrong_gradient_is_seen", "tests/parallel", "-m",
+        "slow or not slow", "-n", "0",
+    ),
     "files": files,
     "trained": trained,
 }  # fmt: skip
