@@ -16,7 +16,7 @@
 //              48 KiB for 12 x 384 x 24 cycles, 0.4 bytes a cycle.
 // bfloat16 pairs fill the same registers and bytes with twice the depth.
 //
-// A tile belongs to one thread and k runs in order, in blocks that depend on K alone: the same bits for
+// A tile belongs to one thread and k runs in order, in blocks and chains that depend on K alone: the same bits for
 // any number of threads.
 #pragma once
 
@@ -37,37 +37,44 @@ constexpr int kTileRows = 4, kTileCols = 8;  // 8 sums, 2 of B, 1 of A, of 16 re
 #endif
 constexpr int64_t kTile = kTileRows * kTileCols;
 constexpr int64_t kDepth = 384;                  // units of a block along k
+constexpr int64_t kChain = 128;                  // products of float that a sum takes one after the other
 constexpr int64_t kRowPanels = 144 / kTileRows;  // most panels of A in a task
 constexpr int64_t kColPanels = 768 / kTileCols;  // and of B: with K in blocks, 432 KiB of sums wait in L2
 constexpr int64_t kPackedBytes = 16 << 20;       // of B, packed at a time when it is used once
 
 // tile (kTileRows x kTileCols), or the first `rows` of it, = or += a · b over `units` steps of two packed panels.
+//
+// The error of a sum grows with the terms that it takes one after the other: chains of floats end after kChain
+// of them, and are added up.  The products of bfloat16 have larger errors of their own.
 template <int depth, int rows = kTileRows>
 [[gnu::noinline]] void multiply_tile(int64_t units, const float* a, const float* b, float* tile, bool add) {
   constexpr int kVecs = kTileCols / W;
-  Vec sums[rows][kVecs] = {};
-  for (int64_t u = 0; u < units; ++u, a += kTileRows, b += kTileCols) {
-    Vec row[kVecs];
+  const int64_t chains = depth == 1 ? std::max<int64_t>(1, ceil_div(units, kChain)) : 1;
+  for (int64_t chain = 0; chain < chains; ++chain, add = true) {
+    Vec sums[rows][kVecs] = {};
+    for (int64_t u = share_of(units, chain, chains).size(); u > 0; --u, a += kTileRows, b += kTileCols) {
+      Vec row[kVecs];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) {
-      row[j] = load(b + j * W);
-      prefetch(b + 8 * kTileCols + j * W);
+      for (int j = 0; j < kVecs; ++j) {
+        row[j] = load(b + j * W);
+        prefetch(b + 8 * kTileCols + j * W);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < rows; ++i) {
+        const Vec x = set(a[i]);
+#pragma GCC unroll 4
+        for (int j = 0; j < kVecs; ++j)
+          sums[i][j] = depth == 2 ? dot(x, row[j], sums[i][j]) : fma(x, row[j], sums[i][j]);
+      }
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i) {
-      const Vec x = set(a[i]);
+    for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j)
-        sums[i][j] = depth == 2 ? dot(x, row[j], sums[i][j]) : fma(x, row[j], sums[i][j]);
-    }
+      for (int j = 0; j < kVecs; ++j) {
+        float* to = tile + i * kTileCols + j * W;
+        store(to, add ? sums[i][j] + load(to) : sums[i][j]);
+      }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) {
-      float* to = tile + i * kTileCols + j * W;
-      store(to, add ? sums[i][j] + load(to) : sums[i][j]);
-    }
 }
 
 // The second operand in panels, (ceil(N / kTileCols), units of K, kTileCols).

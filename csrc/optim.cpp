@@ -40,8 +40,8 @@ struct Parameter {
     for (int64_t i = at; i < at + n; i += W) {
       const int k = static_cast<int>(std::min<int64_t>(W, at + n - i));
       const Vec g = load(grad + i, k) * f.grad;
-      const Vec m = load(first + i - begin, k) * f.beta1 + g * f.grad1;
-      Vec v = load(second + i - begin, k) * f.beta2 + g * g * f.grad2;
+      const Vec m = fma(load(first + i - begin, k), set(f.beta1), g * f.grad1);
+      Vec v = fma(load(second + i - begin, k), set(f.beta2), g * g * f.grad2);
       store(first + i - begin, m, k);
       store(second + i - begin, v, k);
       if (largest) {
@@ -50,7 +50,7 @@ struct Parameter {
         store(largest + i, v, k);
       }
       const Vec step = m * f.rate / (sqrt(v) * f.root + f.eps);
-      Vec x = (master ? load(master + i, k) : load(value + i, k)) * f.keep - step;
+      Vec x = fma(master ? load(master + i, k) : load(value + i, k), set(f.keep), -step);
       if (master) store(master + i, x, k);
       if (random) {
         if (i % Random::kGroup == 0) random.numbers(row, i, numbers);

@@ -1,6 +1,10 @@
 // The only file with OpenMP.  The runtime is torch's own (imported first), so one pool serves both
 // and `torch.set_num_threads` governs it.  A kernel runs on one thread inside somebody's parallel region,
 // and in a child made by fork: the pool's threads are not there, and the runtime would wait for them.
+//
+// ThreadSanitizer does not see how OpenMP's runtime makes threads wait for each other, and would report all that
+// they share.  Compiled for it, each region has std::threads of its own instead: the same shares, atomics and
+// barriers of ours between them, and every race of the kernels is seen (tests/proof/sanitizers.py).
 #pragma once
 
 #include <atomic>
@@ -8,7 +12,7 @@
 #include <thread>
 #include <vector>
 
-#ifdef _OPENMP
+#if defined(_OPENMP) && !defined(__SANITIZE_THREAD__)
 #include <omp.h>
 #endif
 #ifdef __linux__
@@ -24,11 +28,34 @@ inline bool forked = false;
 inline const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
-inline int threads() {
-#ifdef _OPENMP
-  return forked || omp_in_parallel() ? 1 : omp_get_max_threads();
+#if defined(__SANITIZE_THREAD__)
+inline thread_local bool in_region = false;
+inline int threads() { return forked || in_region ? 1 : 4; }
+#elif defined(_OPENMP)
+inline int threads() { return forked || omp_in_parallel() ? 1 : omp_get_max_threads(); }
 #else
-  return 1;
+inline int threads() { return 1; }
+#endif
+
+// body(rank, size) on `workers` threads at once, or on as many of them as there are.
+template <class Body>
+void on_threads(int workers, const Body& body) {
+#if defined(__SANITIZE_THREAD__)
+  const auto work = [&](int rank) {
+    in_region = true;
+    body(rank, workers);
+    in_region = false;
+  };
+  std::vector<std::thread> others;
+  for (int rank = 1; rank < workers; ++rank) others.emplace_back(work, rank);
+  work(0);
+  for (std::thread& other : others) other.join();
+#elif defined(_OPENMP)
+#pragma omp parallel num_threads(workers)
+  body(omp_get_thread_num(), omp_get_num_threads());
+#else
+  (void)workers;
+  body(0, 1);
 #endif
 }
 
@@ -73,25 +100,20 @@ class Shares {
 // body(i) for i in [0, n), each i on some thread; `uneven` iterations are handed out one by one.
 template <class Body>
 void parallel_for(int64_t n, bool uneven, const Body& body) {
-#ifdef _OPENMP
   const int workers = threads();
-  if (n > 1 && workers > 1) {
-    Shares shares(n, workers);
-#pragma omp parallel num_threads(workers)
-    {
-      const int worker = omp_get_thread_num(), team = omp_get_num_threads();
-      if (uneven || team != workers) {
-        shares.run(worker, body);
-      } else {
-        const auto [first, last] = share_of(n, worker, workers);
-        for (int64_t i = first; i < last; ++i) body(i);
-      }
-    }
+  if (n <= 1 || workers == 1) {
+    for (int64_t i = 0; i < n; ++i) body(i);
     return;
   }
-#endif
-  (void)uneven;
-  for (int64_t i = 0; i < n; ++i) body(i);
+  Shares shares(n, workers);
+  on_threads(workers, [&](int worker, int team) {
+    if (uneven || team != workers) {
+      shares.run(worker, body);
+    } else {
+      const auto [first, last] = share_of(n, worker, workers);
+      for (int64_t i = first; i < last; ++i) body(i);
+    }
+  });
 }
 
 // What a thread knows of the others in `together`.
@@ -121,14 +143,12 @@ class Team {
 template <class Body>
 void together(const Body& body) {
   std::atomic<int64_t> arrived{0};
-#ifdef _OPENMP
-  if (threads() > 1) {
-#pragma omp parallel
-    body(Team(omp_get_thread_num(), omp_get_num_threads(), arrived));
-    return;
-  }
-#endif
-  body(Team(0, 1, arrived));
+  const int workers = threads();
+  const auto join = [&](int rank, int size) { body(Team(rank, size, arrived)); };
+  if (workers > 1)
+    on_threads(workers, join);
+  else
+    join(0, 1);
 }
 
 }  // namespace llmkern

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -89,11 +90,14 @@ def test_a_planted_difference_is_seen():
 
 
 def test_every_mutant_stands_once():
-    """Each names a line that is there, and differs from it."""
+    """Each names a line that is there, differs from it, and is Python where it was; 20 and more a family."""
     for mutant in mutants.mutants():
         text = (mutants.ROOT / mutant.file).read_text()
         assert text.count(mutant.old) == 1, f"{mutant.family}: {mutant.old!r} in {mutant.file}"
         assert mutant.old != mutant.new
+        if mutant.file.endswith(".py"):
+            compile(text.replace(mutant.old, mutant.new), mutant.file, "exec")
+    assert min(Counter(mutant.family for mutant in mutants.mutants()).values()) >= 20
 
 
 def test_a_mutant_is_killed_and_a_comment_is_not(tmp_path):

@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from error_rule import run, violations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkern import ops
+from llmkern.ops import OPS
+from llmkern.ops.op import Sample
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -13,6 +16,29 @@ pytestmark = pytest.mark.usefixtures("strict")
 def randn(*shape: int, **kwargs) -> torch.Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randn(shape, generator=generator).to(**kwargs)
+
+
+ONE_OPTION = {
+    "negative scale": {"scale": -0.7},
+    "softcap": {"softcap": 1.5},
+    "window": {"window": (7, 3)},
+    "causal window": {"is_causal": True, "window": (9, 0)},
+    "causal": {"is_causal": True},
+    "dropout": {"dropout_p": 0.4, "dropout_seed": torch.tensor(2**40 + 3)},
+    "sinks": {"sinks": randn(1)},
+    "slopes": {"alibi_slopes": randn(1).abs()},
+}
+
+
+@pytest.mark.parametrize("option", ONE_OPTION)
+def test_one_option(backend: str, device: str, option: str):
+    """The error rule on several tiles of queries and keys, with one option at a time."""
+    options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in ONE_OPTION[option].items()}
+    q, k, v = (randn(1, 1, 100, 16, device=device) for _ in range(3))
+    sample = Sample(option, (2 * q, k.flip(2), v), options)
+    op = OPS["attention"]
+    bad = violations(op, sample, torch.float32, run(op, sample, backend=backend))
+    assert not bad, "\n".join(bad)
 
 
 @pytest.mark.parametrize("align", ["bottom_right", "top_left"])

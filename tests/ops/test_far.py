@@ -65,6 +65,60 @@ def test_strides_beyond_32_bits(backend: str, device: str, name: str):
         torch.testing.assert_close(away, near, rtol=0, atol=0)
 
 
+ROWS, WIDTH = 2**20 + 2, 2**11  # of bfloat16: 4 GiB; what is never written takes no memory
+TARGETS = torch.zeros(ROWS, dtype=torch.int64)
+
+
+def losses(z):
+    return ops.cross_entropy(z, TARGETS[: len(z)], reduction="none", label_smoothing=0.1)
+
+
+LARGE = {
+    "layer_norm": lambda x: ops.layer_norm(x, (WIDTH,)),
+    "rms_norm": lambda x: ops.rms_norm(x, (WIDTH,)),
+    "softmax": lambda x: ops.softmax(x, -1),
+    "log_softmax": lambda x: ops.log_softmax(x, -1),
+    "cross_entropy": losses,
+    "linear": lambda x: ops.linear(x, randn(3, WIDTH)),
+    "ffn": lambda x: ops.ffn(x, randn(5, WIDTH), None, randn(3, 5), None, "gelu"),
+}
+
+
+def large(*values: Tensor) -> Tensor:
+    """(ROWS, WIDTH), zeros but for the last rows."""
+    x = torch.empty(ROWS, WIDTH, dtype=torch.bfloat16)
+    for i, value in enumerate(values, ROWS - len(values)):
+        x[i] = value
+    return x
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_the_last_of_many_rows(name: str):
+    """Behind 2³¹ elements a row gives, forward and backward, what it gives among 32."""
+    last = randn(32, WIDTH)
+    results = []
+    for x in (large(*last), last.clone()):
+        y = LARGE[name](x.requires_grad_())[-32:]
+        (dx,) = torch.autograd.grad(y.float().square().sum(), x)
+        results.append((y[-2:].detach().clone(), dx[-2:].clone()))
+    for far_away, near in zip(*results):
+        assert torch.equal(far_away, near)
+
+
+@pytest.mark.slow
+def test_the_last_of_many_elements():
+    """Of a table, of a gradient, of what is dropped."""
+    row = randn(WIDTH).abs() + 1
+    x = large(row)
+    assert torch.equal(
+        ops.embedding(torch.tensor([ROWS - 1, 0]), x), torch.stack((row, torch.zeros_like(row)))
+    )
+    assert ops.grad_norm([x]).item() == pytest.approx(row.double().norm().item(), rel=1e-6)
+    dropped = ops.dropout(x, 0.5)[-1]
+    assert set((dropped / row).tolist()) == {0.0, 2.0} and 0.4 < (dropped == 0).float().mean() < 0.6
+
+
 @pytest.mark.slow
 def test_a_million_tokens():
     """The last queries of 2²⁰ give what they give behind the keys of their windows alone."""

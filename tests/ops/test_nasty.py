@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from guard_pages import guarded
 
 from llmkern import ops
+from llmkern.ops.activation import ACTIVATIONS, GATED
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -32,8 +33,24 @@ def test_nan_in_nan_out(backend: str, device: str):
         losses = ops.cross_entropy(x, torch.zeros(4, dtype=torch.int64, device=device), reduction="none")
         assert losses.isnan().tolist() == [False, True, False, False]
         w = randn(33, 33, device=device)
-        y = ops.ffn(x, w, None, w, None, "gelu")
-        assert y[1].isnan().all() and not y[[0, 2, 3]].isnan().any()
+        for activation in (*ACTIVATIONS, *GATED):
+            y = ops.ffn(x, w, None, w, None, activation, weight_gate=w if activation in GATED else None)
+            assert y[1].isnan().all() and not y[[0, 2, 3]].isnan().any(), activation
+
+
+@pytest.mark.parametrize("op", [ops.layer_norm, ops.rms_norm])
+def test_rows_wider_than_a_block(backend: str, device: str, op):
+    """Triton adds up the blocks of 8192 of a row; its mean is far from 0 here, and differs among them."""
+    x = (randn(2, 8200, device=device) + torch.linspace(1, 9, 8200, device=device)).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    with ops.use(backend):
+        y = op(x, (8200,))
+        y.sin().sum().backward()
+    with ops.use("reference"):
+        z = op(exact, (8200,))
+        z.sin().sum().backward()
+    torch.testing.assert_close(y.double(), z, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_that_see_nothing(backend: str, device: str):

@@ -1,72 +1,125 @@
-"""The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy compiled for them.
+"""The C++ kernels under GCC's sanitizers of memory, undefined behaviour and threads, in copies made for them.
 
 The tools are libraries that must be loaded before Python's own; they write their reports to files, since
-pytest swallows what a dying process prints.
+pytest swallows what a dying process prints.  PyTorch, which is not compiled for them, runs on one thread.
 """
 
+import os
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from proof.copies import Copy
 
-FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
-TESTS = ["tests/ops", "-k", "cpp:avx2 and not compile and not memory", "-x"]
-# one vector is read beyond the end of a row
-PLANTED = (
-    "csrc/softmax.cpp",
-    "m = max(m, keep_first(load(x + i, k), k, top));",
-    "m = max(m, load(x + i, W));",
+LINES = "-O1 -g -fno-omit-frame-pointer"
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A sanitizer, or two that go together.
+
+    Attributes:
+        flags: of the compiler.
+        libraries: that are loaded first.
+        options: environment variables of the tool; `{log}` is where reports go.
+        tests: arguments of pytest.
+        fault: what is planted.
+        planted: (file, text, new text) of it.
+        seen_by: tests that meet the fault.
+    """
+
+    name: str
+    flags: str
+    libraries: tuple[str, ...]
+    options: dict[str, str]
+    tests: list[str]
+    fault: str
+    planted: tuple[str, str, str]
+    seen_by: list[str]
+
+
+MEMORY = Tool(
+    "AddressSanitizer and UndefinedBehaviorSanitizer",
+    f"{LINES} -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+    ("libasan.so", "libubsan.so", "libstdc++.so"),
+    {
+        "ASAN_OPTIONS": "detect_leaks=0:exitcode=99:log_path={log}",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1:log_path={log}",
+    },
+    ["tests/ops", "-k", "cpp:avx2 and not compile and not memory"],
+    "one vector read beyond a row",
+    (
+        "csrc/softmax.cpp",
+        "m = max(m, keep_first(load(x + i, k), k, top));",
+        "m = max(m, load(x + i, W));",
+    ),
+    ["tests/ops/test_softmax.py", "-k", "cpp:avx2 and values"],
 )
-PLANTED_TESTS = ["tests/ops/test_softmax.py", "-k", "cpp:avx2 and values", "-x"]
+THREADS = Tool(
+    "ThreadSanitizer, on 4 threads",
+    f"{LINES} -fsanitize=thread",
+    ("libtsan.so", "libstdc++.so"),
+    {"TSAN_OPTIONS": "exitcode=99:report_signal_unsafe=0:ignore_noninstrumented_modules=1:log_path={log}"},
+    ["tests/ops/test_numbers.py", "tests/models/test_decoder.py", "-k", "cpp:avx2 or decoder"],
+    "nobody waits for what the others write",
+    ("csrc/threads.h", "    wanted_ += size;\n", "    if (size > 1) return;\n    wanted_ += size;\n"),
+    ["tests/models/test_decoder.py"],
+)
+TOOLS = (MEMORY, THREADS)
 
 
 class Found(NamedTuple):
     """What came of it."""
 
     tests: str  # pytest's last line
-    reports: list[str]  # the first lines of the tools' reports
-    planted: bool  # whether the planted overrun was reported
+    reports: list[str]  # the first lines of the tool's reports
+    planted: bool  # whether the planted fault was reported
 
 
-def sanitize() -> Found:
-    """Build, test, plant an overrun and test again.
+def sanitize(tool: Tool) -> Found:
+    """Build, test, plant a fault and test again.
 
     Raises:
         RuntimeError: it does not compile.
     """
-    with Copy(FLAGS) as copy:
+    with Copy(tool.flags) as copy:
         if complaint := copy.compile():
             raise RuntimeError(complaint)
-        tests, reports = _run(copy, TESTS)
-        file, old, new = PLANTED
+        tests, reports = _run(copy, tool, tool.tests)
+        file, old, new = tool.planted
         text = (copy.path / file).read_text()
-        assert text.count(old) == 1, f"the planted overrun does not fit {file}"
+        assert text.count(old) == 1, f"the planted fault does not fit {file}"
         (copy.path / file).write_text(text.replace(old, new))
         copy.compile()
-        _, planted = _run(copy, PLANTED_TESTS)
+        _, planted = _run(copy, tool, tool.seen_by)
     return Found(tests, reports, bool(planted))
 
 
-def _run(copy: Copy, tests: list[str]) -> tuple[str, list[str]]:
+def _run(copy: Copy, tool: Tool, tests: list[str]) -> tuple[str, list[str]]:
     log = copy.path / "report"
     for old in copy.path.glob("report.*"):
         old.unlink()
-    tools = [_library(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so")]
     environment = {
         **copy.environment,
-        "LD_PRELOAD": " ".join(tools),
-        "ASAN_OPTIONS": f"detect_leaks=0:exitcode=99:log_path={log}",
-        "UBSAN_OPTIONS": f"halt_on_error=1:print_stacktrace=1:log_path={log}",
+        "LD_PRELOAD": " ".join(_library(name) for name in tool.libraries),
+        **{name: value.format(log=log) for name, value in tool.options.items()},
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+    processes = ["-n", str(os.cpu_count()), "--dist", "worksteal"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *processes, *tests]
+    # the tools keep their notes at fixed addresses, where a randomised layout may have put something
+    command = [*(["setarch", "-R"] if shutil.which("setarch") else []), *command]
     done = subprocess.run(command, cwd=copy.path, env=environment, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
-    reports = [path.read_text() for path in copy.path.glob("report.*")]
-    first = [next((line for line in text.splitlines() if "ERROR" in line or "error" in line), text[:200])
-             for text in reports]  # fmt: skip
-    return (lines[-1] if lines else f"ended with {done.returncode}"), first
+    reports = [_headline(path.read_text(errors="replace")) for path in sorted(copy.path.glob("report.*"))]
+    return (lines[-1] if lines else f"ended with {done.returncode}"), reports
+
+
+def _headline(report: str) -> str:
+    words = ("ERROR", "WARNING", "error")
+    return next((line for line in report.splitlines() if any(word in line for word in words)), report[:200])
 
 
 def _library(name: str) -> str:

@@ -10,7 +10,7 @@ import torch
 
 import llmkern
 from llmkern.models import GPT, GPTConfig
-from llmkern.text import Batches, CharTokenizer, corpus, split
+from llmkern.text import Batches, CharTokenizer, split
 from llmkern.train import TrainConfig, Trainer, evaluate
 
 SHAPE = {"block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128}  # nanoGPT's recipe for CPUs
@@ -36,9 +36,8 @@ class Pair(NamedTuple):
         return self.early <= LARGEST and abs(self.swapped / self.plain - 1) <= FINAL
 
 
-def train(seed: int, steps: int, spoil: float = 0.0) -> Pair:
-    """Train both for `steps`; `spoil` is added to a weight of the swapped one, as a control."""
-    text = corpus.load().text  # where Shakespeare cannot be had, what Python documents
+def train(text: str, seed: int, steps: int, spoil: float = 0.0) -> Pair:
+    """Train both on `text` for `steps`; `spoil` is added to a weight of the swapped one, as a control."""
     tokenizer = CharTokenizer(text)
     tokens, held_out = split(tokenizer.encode(text))
     shape = GPTConfig(len(tokenizer), **SHAPE)

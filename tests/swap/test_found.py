@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import llmkern
+from llmkern.nn import found
 from llmkern.nn.kernel_class import ROLES
 
 
@@ -31,9 +32,25 @@ class FFN(nn.Module):
         return self.drop(F.dropout(self.b(h), self.functional_drop, self.training))
 
 
+class Linear(nn.Module):
+    """x W + b or x Wᵀ + b, by `transposed`; its weight is square or not."""
+
+    def __init__(self, transposed: bool, outputs: int = 24, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn((16, outputs) if transposed else (outputs, 16)))
+        self.bias = nn.Parameter(torch.randn(outputs)) if bias else None
+        self.transposed = transposed
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ (self.weight if self.transposed else self.weight.t())
+        return y if self.bias is None else y + self.bias
+
+
 @pytest.fixture(autouse=True)
-def seed():
+def fresh():
+    """Nothing is known from an earlier test."""
     torch.manual_seed(0)
+    found._KNOWN.clear()
 
 
 def agrees(module: nn.Module, kernel: str | None) -> None:
@@ -58,6 +75,25 @@ def agrees(module: nn.Module, kernel: str | None) -> None:
 ])  # fmt: skip
 def test_norms(module, kernel):
     agrees(module, kernel)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("outputs", [16, 24])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_linears(transposed, outputs, bias):
+    module, x = Linear(transposed, outputs, bias), torch.randn(3, 16)
+    was = found.recognise(module)
+    assert was.mixin is found.LinearKernel and was.roles == {"transposed": transposed}
+    torch.testing.assert_close(was.mixin.compute(module, x, **was.roles), module(x))
+
+
+def test_restored_is_as_it_was():
+    for module in (Norm(), Norm(plus=1.0), FFN(), FFN(F.silu, gated=True)):
+        before, cls = dict(vars(module)), type(module)
+        llmkern.swap_(module, strict=True)
+        assert type(module) is not cls and hasattr(module, ROLES)
+        llmkern.restore_(module)
+        assert type(module) is cls and vars(module) == before
 
 
 @pytest.mark.parametrize("act", [F.gelu, F.relu, F.silu, nn.GELU("tanh"), lambda x: F.relu(x).square()])
@@ -109,9 +145,10 @@ def test_a_dropout_of_the_input_is_left_alone():
     assert not [e for e in llmkern.swap_(module).changed if e.path == ""]
 
 
-def test_trying_leaves_no_trace():
+@pytest.mark.parametrize("functional_drop", [0.0, 0.5])
+def test_trying_leaves_no_trace(functional_drop):
     """Modes, gradients and random numbers are as before."""
-    module = FFN(drop=0.5)
+    module = FFN(drop=0.5, functional_drop=functional_drop)
     module.act, module.drop.training = nn.GELU(), False
     state = torch.random.get_rng_state()
     llmkern.swap_(module)

@@ -75,13 +75,31 @@ def test_attention_dropout():
 
 
 def test_capped_scores():
-    options = {**GQA, "head_dim": 8, "attn_logit_softcapping": 2.0}
+    """Of a model whose scores reach the cap, and that divides them by its own number."""
+    options = {**GQA, "head_dim": 8, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 2}
     model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**options)).eval()
     model.set_attn_implementation("eager")
+    for layer in model.model.layers:
+        for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            torch.nn.init.normal_(linear.weight, std=0.5)
     ids = torch.randint(3, 101, (1, 9))
     before = model(ids)[0]
     llmkern.swap_(model)
     torch.testing.assert_close(model(ids)[0], before, rtol=1e-5, atol=1e-5)
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = 4.0
+    assert (model(ids)[0] - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("before", ["eager", "sdpa"])
+def test_the_setting_before_comes_back(before):
+    model = build("Llama")
+    model.set_attn_implementation(before)
+    llmkern.swap_(model)
+    assert hf.implementation(model) == "llmkern" == hf.implementation(model.model)
+    llmkern.restore_(model)
+    assert hf.implementation(model) == before == hf.implementation(model.model)
+    assert not hasattr(model, hf.BEFORE)
 
 
 def test_sinks():

@@ -58,6 +58,21 @@ def test_what_it_does_not_take_torch_computes():
     llmkern.set_fallback("warn")
 
 
+@pytest.mark.parametrize("call", [
+    lambda q, k, v: F.scaled_dot_product_attention(q, k, v, torch.zeros(7, 7), is_causal=True),
+    lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :2], v[:, :2]),
+])  # fmt: skip
+def test_what_torch_refuses_is_refused(call):
+    """A mask and is_causal; fewer heads of keys without enable_gqa: torch's own error, word for word."""
+    with pytest.raises(RuntimeError) as theirs:
+        call(*inputs())
+    llmkern.set_fallback("silent")
+    with llmkern.enable_sdpa(), pytest.raises(RuntimeError) as ours:
+        call(*inputs())
+    llmkern.set_fallback("warn")
+    assert str(ours.value).split("\n")[0] == str(theirs.value).split("\n")[0]
+
+
 def test_layers_of_torch_in_training(strict):
     layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
     x = torch.randn(2, 5, 16)

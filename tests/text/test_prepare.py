@@ -7,6 +7,7 @@ import pytest
 
 from llmkern import cli, durable
 from llmkern.errors import UserError
+from llmkern.text.bpe import BPETokenizer
 from llmkern.text.clean import Filter, normalise
 from llmkern.text.prepare import Options, prepare
 from llmkern.text.shards import Data
@@ -67,6 +68,14 @@ def test_the_split_belongs_to_the_documents(folder, tmp_path):
     assert sorted(_documents(tmp_path / "one", "val")) == sorted(_documents(tmp_path / "two", "val"))
     prepare(Sources([str(folder)]), tmp_path / "three", Options(val=0.4, seed=1))
     assert sorted(_documents(tmp_path / "one", "val")) != sorted(_documents(tmp_path / "three", "val"))
+
+
+def test_held_out_documents_teach_the_tokenizer_nothing(folder, tmp_path):
+    prepare(Sources([str(folder)]), tmp_path / "data", Options("bpe", vocab_size=300, val=0.5))
+    data = Data(tmp_path / "data")
+    learned = BPETokenizer.train(_documents(tmp_path / "data", "train"), 300)
+    learned.add_special(END_OF_TEXT)
+    assert learned.sha256() == data.tokenizer.sha256()
 
 
 def test_workers_and_runs_give_the_same_bytes(folder, tmp_path, monkeypatch):

@@ -11,6 +11,8 @@ from llmkern.measure import peak_bytes, time_by_kind
 from llmkern.models import GPTConfig
 from llmkern.text import Batches
 from llmkern.train import TrainConfig, Trainer, evaluate, warmup_cosine
+from llmkern.train.loop import checkpoint_layers
+from llmkern.train.schedule import learning_rate
 
 TOKENS = torch.arange(400) % 7  # a text that can be learned
 
@@ -30,11 +32,19 @@ class Tiny(nn.Module):
         return logits, nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def _trainer(steps=30, make_optimizer=None, **options):
+class Dropping(Tiny):
+    """Drops half of its logits."""
+
+    def forward(self, idx, targets):
+        logits = self.dropout(self.table(idx) + self.bias)
+        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def _trainer(steps=30, make_optimizer=None, batches=None, **options):
     model = Tiny()
     optimizer = make_optimizer and make_optimizer(model.parameters())
     config = TrainConfig(steps, 0.1, 0.01, warmup_steps=5, **options)
-    return Trainer(model, Batches(TOKENS, 4, 8), config, optimizer)
+    return Trainer(model, batches or Batches(TOKENS, 4, 8), config, optimizer)
 
 
 def test_schedule():
@@ -43,6 +53,16 @@ def test_schedule():
     assert rates[4] == 1.0 and rates[12] == pytest.approx(0.55)
     assert rates[20:] == [0.1] * 5
     assert rates[3:] == sorted(rates[3:], reverse=True)
+
+
+def test_stable_decay_and_constant():
+    """Up in 4 steps, then 1, in the last 8 of 20 along a root down to 0.1."""
+    wsd, constant = (
+        [learning_rate(name, step, 20, 4, 8, 1.0, 0.1) for step in range(24)] for name in ("wsd", "constant")
+    )
+    assert wsd[:4] == constant[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert set(wsd[4:13]) == set(constant[4:20]) == {1.0}
+    assert wsd[14] == pytest.approx(1 - 0.9 * 0.5) and wsd[20:] == pytest.approx([0.1] * 4)
 
 
 def test_it_learns_and_tells():
@@ -56,6 +76,29 @@ def test_it_learns_and_tells():
 def test_same_seed_same_losses():
     first, second = ([record.loss for record in _trainer(5)] for _ in range(2))
     assert first == second
+
+
+def test_every_step_has_its_rate_and_fresh_gradients():
+    trainer = _trainer(7)
+    for record in trainer:
+        assert all(group["lr"] == record.learning_rate for group in trainer.optimizer.param_groups)
+        assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_accumulated_batches_are_their_mean():
+    """Three batches of a step, which lie side by side, are one that is as large as they are together."""
+    small = Batches(TOKENS, 4, 8, seed=1)
+
+    class Joined:
+        def __getitem__(self, step):
+            return [torch.cat(parts) for parts in zip(*(small[i] for i in range(3 * step, 3 * step + 3)))]
+
+    parts, whole = _trainer(4, batches=small, accumulate=3), _trainer(4, batches=Joined())
+    for a, b in zip(parts, whole):
+        assert (a.loss, a.grad_norm) == pytest.approx((b.loss, b.grad_norm), rel=1e-5)
+        assert a.tokens == b.tokens == 96
+    for p, q in zip(parts.model.parameters(), whole.model.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
 def test_only_matrices_decay():
@@ -80,8 +123,33 @@ def test_a_loss_that_is_not_finite_stops_the_training():
         trainer.advance()
 
 
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped(what):
+    """Weights and moments stay as they were; the next step trains."""
+    trainer = _trainer(nonfinite="skip")
+    trainer.advance()
+    before = [p.clone() for p in trainer.model.parameters()]
+    if what == "loss":
+        handle = trainer.model.register_forward_hook(lambda *args: (None, args[-1][1] * math.nan))
+    else:
+        handle = trainer.model.bias.register_hook(lambda grad: grad * math.inf)
+    assert math.isnan(trainer.advance().grad_norm)
+    assert all(map(torch.equal, before, trainer.model.parameters()))
+    handle.remove()
+    assert trainer.advance().grad_norm > 0
+    assert not any(map(torch.equal, before, trainer.model.parameters()))
+
+
+@pytest.mark.parametrize("optimizer", [None, torch.optim.AdamW])
+def test_a_gradient_that_is_not_finite_stops_the_training(optimizer):
+    trainer = _trainer(5, optimizer)
+    trainer.model.bias.register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(FloatingPointError, match=r"norm of the gradients is .* at step 0"):
+        trainer.advance()
+
+
 def test_evaluate_leaves_the_model_as_it_was():
-    model, batches = Tiny().train(), Batches(TOKENS, 4, 8)
+    model, batches = Dropping().train(), Batches(TOKENS, 4, 8)
     before = [p.clone() for p in model.parameters()]
     losses = [model.eval()(*batches[step])[1].item() for step in range(3)]
     model.train()
@@ -91,8 +159,36 @@ def test_evaluate_leaves_the_model_as_it_was():
 
 def test_bfloat16_runs_under_autocast():
     trainer = _trainer(2, dtype="bfloat16")
+    seen = []
+    trainer.model.table.register_forward_hook(
+        lambda *_: seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+    )
     assert all(math.isfinite(record.loss) for record in trainer)
+    assert seen == [torch.bfloat16] * 2
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+def test_checkpointed_layers_run_twice():
+    """Those of the longest list, once forward and once in backward, with the same gradients."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {"few": nn.ModuleList([nn.Linear(3, 3)]), "many": nn.ModuleList(nn.Linear(3, 3) for _ in range(2))}
+    )
+    calls = []
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.forward = _counted(layer, calls)
+    x, gradients = torch.randn(2, 3, requires_grad=True), []
+    for _ in range(2):
+        y = model["many"][1](model["many"][0](model["few"][0](x)).tanh())
+        gradients.append(torch.autograd.grad(y.square().sum(), [x, *model.parameters()]))
+        checkpoint_layers(model)
+    assert all(map(torch.equal, *gradients)) and len(calls) == 3 + 5
+
+
+def _counted(layer, calls):
+    real = layer.forward
+    return lambda x: (calls.append(layer), real(x))[1]
 
 
 def test_peak_counts_what_is_live_at_once():
