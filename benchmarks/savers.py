@@ -73,7 +73,13 @@ def work(rank: int, port: int, out: str) -> None:
     torch.set_num_threads(1)
     start(Sizes(dp=2), "cpu")
     text, vocab = tokens()
-    found = {name: train(way, text, vocab)._asdict() for name, way in WAYS.items()}
+    found = {}
+    for name, way in WAYS.items():
+        course = train(way, text, vocab)
+        found[name] = course._asdict()
+        if rank == 0:
+            end, sent = course.held_out[STEPS], course.bytes_a_step
+            print(f"{name:<22} {end:.4f} on held-out text, {sent:>10,.0f} bytes a step", flush=True)
     if rank == 0:
         Path(out).write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
@@ -105,9 +111,6 @@ def main() -> None:
         out = Path(folder) / "found.json"
         mp.spawn(work, (port, str(out)), nprocs=2)
         ways = json.loads(out.read_text())
-    for name, way in ways.items():
-        end, sent = way["held_out"][str(STEPS)], way["bytes_a_step"]
-        print(f"{name:<22} {end:.4f} on held-out text, {sent:>10,.0f} bytes a step")
     result = {"machine": describe("cpu"), "steps": STEPS, "ways": ways}
     path = ROOT / "benchmarks" / "results" / f"savers-{datetime.date.today().isoformat()}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from .norm import local
 
@@ -27,7 +27,7 @@ class Pipeline:
         self.at, self.count = self.mesh.get_local_rank(), self.mesh.size()
         self.first, self.last = self.at == 0, self.at == self.count - 1
         self.divided = mesh["cp"].size() * mesh["tp"].size()  # ways in which a sequence is
-        self.schedules: dict[tuple[int, ...], Schedule1F1B] = {}
+        self.schedules: dict[tuple[int, ...], Schedule1F1B | ScheduleGPipe] = {}
         ranks = mesh.mesh.flatten(1).tolist()  # ORDER has pp first
         self.ends, _ = dist.new_subgroups_by_enumeration([list(pair) for pair in zip(ranks[0], ranks[-1])])
 
@@ -64,8 +64,11 @@ class Pipeline:
         dist.all_reduce(total, group=self.mesh.get_group())
         return total
 
-    def _schedule(self, micro_batches: int, rows: int, length: int) -> Schedule1F1B:
-        """Made once for each shape, without a trial run: that would draw random numbers."""
+    def _schedule(self, micro_batches: int, rows: int, length: int) -> Schedule1F1B | ScheduleGPipe:
+        """Made once for each shape, without a trial run: that would draw random numbers.
+
+        torch's 1F1B wants a micro-batch for each stage; of fewer, GPipe holds no more at once.
+        """
         key = micro_batches, rows, length
         if key not in self.schedules:
             each = rows // micro_batches
@@ -78,7 +81,8 @@ class Pipeline:
                 output_args=torch.empty(1, device="meta") if self.last else x,
                 group=self.mesh.get_group(),
             )  # fmt: skip
-            self.schedules[key] = Schedule1F1B(stage, micro_batches, _weighted, scale_grads=False)
+            kind = Schedule1F1B if micro_batches >= self.count else ScheduleGPipe
+            self.schedules[key] = kind(stage, micro_batches, _weighted, scale_grads=False)
         return self.schedules[key]
 
     def sum_ends(self, tied: nn.Parameter | None) -> None:

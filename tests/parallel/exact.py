@@ -128,10 +128,13 @@ def compare(name: str, got: Course, expected: Course, rtol: float) -> None:
             assert worst <= rtol * largest, f"{name}: d {key} is off by {worst:.2e} of {largest:.2e}"
 
 
-def check(name: str, sizes: Sizes, make: Callable, keys: dict, rtol: float = 1e-5) -> None:
+def check(
+    name: str, sizes: Sizes, make: Callable, keys: dict, micro_batch: int = 1, rtol: float = 1e-5
+) -> None:
     expected = train(make(), keys)
     model = make()
-    parallel = Parallel(model, start(sizes, "cpu", timeout=60), config(**keys).torch_dtype)
+    mesh, dtype = start(sizes, "cpu", timeout=60), config(**keys).torch_dtype
+    parallel = Parallel(model, mesh, dtype, micro_batch=micro_batch)
     got = train(model, keys, parallel)
     compare(name, got, expected, rtol)
     every: list = [None] * sizes.world

@@ -38,7 +38,7 @@ TWO = {
     "TP, Llama, accumulated, recomputed": (Sizes(tp=2), llama, SAVING),
     "CP": (Sizes(cp=2), gpt, {}),
     "CP, Llama, accumulated": (Sizes(cp=2), llama, ACCUMULATED),
-    "PP": (Sizes(pp=2), gpt, {}),
+    "PP": (Sizes(pp=2), gpt, {}, 2),
     "PP, Llama, accumulated, recomputed": (Sizes(pp=2), llama, SAVING),
 }
 FOUR = {
