@@ -1,10 +1,10 @@
 """benchmarks/results/aot.csv: what each kernel's default configuration takes on each GPU.
 
-Committed, so that a review shows a kernel that grew; `regressions` names it in a test.
+Committed, so that a review shows a kernel that grew; `differences` names it in a test, and an old table.
 """
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .aot_compile import Compiled
@@ -12,9 +12,13 @@ from .aot_compile import Compiled
 PATH = Path(__file__).parent / "results/aot.csv"
 KEY = ("target", "dtype", "op", "kernel")
 FACTS = ("warps", "registers", "shared", "instructions", "tensor", "wide")
-INSTRUCTIONS = 1.05  # times as many are not worth a word
-REGISTERS = 8  # a GPU shares them out in eights
-WIDE = 0.05  # of the bytes
+LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {  # words, and when one is worse than another
+    "registers": ("registers", lambda one, other: one > other + 8),  # a GPU shares them out in eights
+    "shared": ("bytes of shared memory", lambda one, other: one > other),
+    "instructions": ("instructions", lambda one, other: one > 1.05 * other),
+    "wide": ("of the bytes in wide accesses", lambda one, other: one < other - 0.05),
+}
+RENEW = "renew it with --once --write"
 
 Key = tuple[str, ...]
 
@@ -58,18 +62,19 @@ def save(rows: list[Compiled]) -> None:
             writer.writerow((*k, *(v[name] for name in FACTS), version()))
 
 
-def regressions(row: Compiled, table: dict[Key, dict[str, str]]) -> Iterator[str]:
-    """What the kernel takes more of than the table says; of a first launch of a kernel alone."""
-    before, now = table.get(key(row)), facts(row)
-    if before is None or not row.first:
+def differences(row: Compiled, table: dict[Key, dict[str, str]]) -> Iterator[str]:
+    """What a kernel's first launch takes more of than the table says, or so much less that it is old."""
+    if not table or not row.first:
         return
-    if int(now["registers"]) > int(before["registers"]) + REGISTERS:
-        yield f"{now['registers']} registers, the table has {before['registers']}"
-    if int(now["shared"]) > int(before["shared"]):
-        yield f"{now['shared']} bytes of shared memory, the table has {before['shared']}"
-    if int(now["instructions"]) > int(before["instructions"]) * INSTRUCTIONS:
-        yield f"{now['instructions']} instructions, the table has {before['instructions']}"
+    before, now = table.get(key(row)), facts(row)
+    if before is None:
+        yield f"the table has no row for it: {RENEW}"
+        return
     if before["tensor"] != now["tensor"]:
         yield f"{now['tensor'] or 'no tensor core'}, the table has {before['tensor'] or 'none'}"
-    if float(now["wide"]) < float(before["wide"]) - WIDE:
-        yield f"{now['wide']} of the bytes in wide accesses, the table has {before['wide']}"
+    for name, (words, worse) in LIMITS.items():
+        here, there = float(now[name]), float(before[name])
+        if worse(here, there):
+            yield f"{now[name]} {words}, the table has {before[name]}"
+        elif worse(there, here):
+            yield f"only {now[name]} {words}, the table has {before[name]}: {RENEW}"

@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "buffer.h"
 #include "dlpack.h"
 #include "pool.h"
 #include "tensor.h"
@@ -143,4 +144,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("pool_limit", [](size_t bytes) { llmkern::Pool::shared().limit(bytes); });
   m.def("pool_release", [] { llmkern::Pool::shared().release(0); });
   m.def("pool_kept", [] { return llmkern::Pool::shared().kept(); });
+  m.def("scratch_held", [] { return llmkern::Buffer::held(); });
 }

@@ -2,6 +2,8 @@
 // its scratch warm instead of asking the system for fresh zeroed pages.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <new>
 #include <utility>
@@ -15,11 +17,16 @@ namespace llmkern {
 
 class Buffer {
  public:
+  // Bytes of all threads' scratch, in use or kept.
+  static size_t held() { return held_; }
+
   explicit Buffer(size_t bytes) {
     std::vector<Block>& pool = spare();
     size_t best = pool.size();
+    const size_t most = 2 * bytes + kPage;  // a larger block waits for what needs it
     for (size_t i = 0; i < pool.size(); ++i)
-      if (pool[i].bytes >= bytes && (best == pool.size() || pool[i].bytes < pool[best].bytes)) best = i;
+      if (pool[i].bytes >= bytes && pool[i].bytes <= most && (best == pool.size() || pool[i].bytes < pool[best].bytes))
+        best = i;
     if (best < pool.size()) {
       block_ = pool[best];
       pool.erase(pool.begin() + best);
@@ -35,10 +42,10 @@ class Buffer {
     for (const Block& b : pool) kept += b.bytes;
     for (; kept > kMostSpare && !pool.empty(); pool.erase(pool.begin())) {  // oldest first
       kept -= pool.front().bytes;
-      std::free(pool.front().data);
+      release(pool.front());
     }
     if (kept > kMostSpare)
-      std::free(block_.data);
+      release(block_);
     else if (block_.data)
       pool.push_back(block_);
   }
@@ -56,7 +63,7 @@ class Buffer {
   struct Pool : std::vector<Block> {
     Pool() { reserve(32); }  // so that returning a buffer never allocates
     ~Pool() {
-      for (const Block& b : *this) std::free(b.data);
+      for (const Block& b : *this) release(b);
     }
   };
 
@@ -69,15 +76,21 @@ class Buffer {
   }
   static Block allocate(size_t bytes) {
     const size_t unit = bytes >= kPage ? kPage : 4096;
-    bytes = (bytes + unit) / unit * unit;  // at least one byte
+    bytes = std::max(unit, (bytes + unit - 1) / unit * unit);
     void* data = std::aligned_alloc(unit, bytes);
     if (!data) throw std::bad_alloc();
 #ifdef __linux__
     if (unit == kPage) madvise(data, bytes, MADV_HUGEPAGE);
 #endif
+    held_ += bytes;
     return {data, bytes};
   }
+  static void release(const Block& block) {
+    held_ -= block.bytes;
+    std::free(block.data);
+  }
 
+  inline static std::atomic<size_t> held_{0};
   Block block_;
 };
 

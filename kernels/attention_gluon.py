@@ -6,6 +6,7 @@ under LLMKERN_GLUON=1.
 """
 
 import os
+from functools import cache
 from typing import Any
 
 import torch
@@ -72,11 +73,16 @@ def heads_together(q: Tensor, k: Tensor, v: Tensor) -> int:
 
 def descriptor(x: Tensor, rows: int) -> Any:
     """A TMA descriptor of x (B, H, S, D) with boxes of so many rows of one head, all of D."""
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    box = [1, 1, rows, fit(x.shape[3], 64, 128)]
-    layout = gl.NVMMASharedLayout.get_default_for(
-        box, gl.float16 if x.dtype == torch.float16 else gl.bfloat16
-    )
-    return TensorDescriptor(x, list(x.shape), strides(x), box, layout)
+    box = (1, 1, rows, fit(x.shape[3], 64, 128))
+    return TensorDescriptor(x, list(x.shape), strides(x), list(box), shared_layout(box, x.dtype))
+
+
+@cache
+def shared_layout(box: tuple[int, ...], dtype: torch.dtype) -> Any:
+    """Of a box in shared memory; kept, since to find it takes longer than all else of a descriptor."""
+    from triton.experimental.gluon import language as gl
+
+    element = gl.float16 if dtype == torch.float16 else gl.bfloat16
+    return gl.NVMMASharedLayout.get_default_for(list(box), element)

@@ -62,16 +62,19 @@ def test_planted_spills_are_found():
     assert "spills" in found, found
 
 
-def test_planted_growth_is_named():
-    """A kernel that takes more than its row of the table says, and accesses that became narrow."""
+def test_growth_and_an_old_table_are_named():
+    """A kernel that takes more than its row says, one that takes much less, and one that has no row."""
     found = output(
         "rows = aot_compile.compile_op('sm_90', 'bfloat16', 'dropout', once=True)\n"
         "table = {aot_table.key(row): aot_table.facts(row) for row in rows}\n"
-        "assert not [*aot_table.regressions(rows[0], table)]\n"
-        "table[aot_table.key(rows[0])] |= {'registers': '8', 'instructions': '9', 'wide': '1.5'}\n"
-        "print(*aot_table.regressions(rows[0], table))"
+        "assert not [*aot_table.differences(rows[0], table)]\n"
+        "table[aot_table.key(rows[0])] |= {\n"
+        "    'registers': '8', 'instructions': '9', 'wide': '1.5', 'shared': '999'}\n"
+        "print(*aot_table.differences(rows[0], table))\n"
+        "print(*aot_table.differences(rows[0], {('another',): {}}))"
     )
     assert "the table has 8" in found and "the table has 9" in found and "has 1.5" in found, found
+    assert "the table has 999: renew" in found and "has no row for it: renew" in found, found
 
 
 def test_planted_atomics_and_narrow_accesses_are_found():

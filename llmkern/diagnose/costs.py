@@ -66,6 +66,15 @@ def work(func: OpOverload, args: tuple, kwargs: dict, out: Any) -> Work:
     return Work(PER_ELEMENT.get(name, _default(func)) * largest, moved, 0.0)
 
 
+def scratch(func: OpOverload, args: tuple, kwargs: dict) -> int:
+    """Bytes that llmkern's C++ kernel of `func` takes beside its outputs, and keeps; 0 of other ops."""
+    namespace, name = _split(func)
+    if namespace != "llmkern":
+        return 0
+    op, half = table_op(name)
+    return op.scratch(half, named_arguments(func, args, kwargs))
+
+
 def named_arguments(func: OpOverload, args: tuple, kwargs: dict) -> dict[str, Any]:
     """Arguments by the names of the op's schema, defaults included."""
     values = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}

@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 PARTS = (
     "weights", "gradients", "optimizer", "KV cache", "inputs", "activations", "logits", "temporary",
+    "scratch",
 )  # fmt: skip
 
 
@@ -36,7 +37,7 @@ class Block:
 class Ledger:
     """Follows storages from when they are first seen until they are freed.
 
-    What an op allocates and frees within itself is not seen.
+    What an op allocates and frees within itself is not seen, except what `keep_scratch` is told.
     """
 
     def __init__(self) -> None:
@@ -82,6 +83,11 @@ class Ledger:
                 "activations", "temporary",
             ):  # fmt: skip
                 block.part = "logits"
+
+    def keep_scratch(self, size: int) -> None:
+        """Count what the op with the most scratch leaves with its threads, from the first step on."""
+        if size:
+            self.blocks.append(Block(size, "scratch", (size,), 0))
 
     def _free(self, block: Block) -> None:
         block.died = self.now

@@ -36,6 +36,7 @@ def trace(workload: Workload, timed: bool = True, waits: list[float] | None = No
     with tracer.gradients_of(workload.model), tracer:
         workload.step(phase)
     tracer.ledger.call_it_logits(workload.logits)
+    tracer.ledger.keep_scratch(tracer.scratch)
     return tracer
 
 

@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..ops.dispatch import runs_cpp
 from . import costs
 from .memory import Ledger
 
@@ -63,6 +64,7 @@ class Tracer(TorchDispatchMode):
         self.calls: list[Call] = []
         self.spans: list[tuple[Any, Any]] = []
         self.ledger = Ledger()
+        self.scratch = 0  # bytes of the op that takes the most for itself, on a CPU
         self.phase = "forward"
         self.stack: list[str] = []
         self.marks: list[tuple[int, str]] = [(0, "")]  # from this autograd node on, the module is this
@@ -122,6 +124,8 @@ class Tracer(TorchDispatchMode):
         if phase == "recompute":
             model_flops = 0.0
         name = func._schema.name.replace("::", ".")
+        if runs_cpp(self.device):
+            self.scratch = max(self.scratch, costs.scratch(func, args, kwargs))
         kept = self.device != "cpu" or name.startswith("llmkern.")  # both have allocators that keep memory
         dtype = _dtype((args, kwargs, out))
         fresh = 0.0 if kept else float(large)

@@ -9,6 +9,7 @@ from torch import Tensor
 from . import ffn_samples, philox
 from .activation import ACTIVATIONS, GATED, activate, derivative
 from .op import Op, autocast, empty, opmath, register, rows
+from .scratch import CHUNK, product
 from .sharding import SUM, Split, wanted
 
 OUTPUT_ROWS = 2**62  # dropout of outputs takes its numbers from rows behind those of hidden activations
@@ -266,6 +267,24 @@ class FFN(Op):
         weights = needs[1] * weight_in.numel() + needs[3] * gate + needs[5] * weight_out.numel()
         again = 0 if u.numel() else weight_in.numel() + gate
         return 2 * x.shape[0] * (inputs + weights + again)
+
+    @staticmethod
+    def scratch(half, args):
+        x, (wide, dim), out = args["x"], args["weight_in"].shape, args["weight_out"].shape[0]
+        rows, gated = min(CHUNK, x.shape[0]), args["weight_gate"] is not None
+        hidden = rows * wide * x.element_size()
+        if half == "fwd":
+            return hidden + max(product(rows, wide, dim), product(rows, out, wide))
+        again = 0 if args["u"].numel() else 1 + gated
+        dropped = rows * out * x.element_size() if args["output_dropout_p"] else 0
+        to_x, to_in, _, _, _, to_out, _ = args["needs"]
+        products = (
+            product(rows, wide, out),
+            to_x * product(rows, dim, wide),
+            to_in * product(wide, dim, rows),
+            to_out * product(out, wide, rows),
+        )
+        return (2 + gated + again) * hidden + dropped + max(products)
 
     @staticmethod
     def eager(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .op import Make, Op, Sample, autocast, empty, opmath, register
+from .scratch import product
 from .sharding import SUM, Split, wanted
 
 
@@ -114,6 +115,14 @@ class LINEAR(Op):
     @staticmethod
     def flops_bwd(dy, x, weight, bias, needs):
         return 2 * x.shape[0] * weight.numel() * (needs[0] + needs[1])
+
+    @staticmethod
+    def scratch(half, args):
+        rows, (out, dim) = args["x"].shape[0], args["weight"].shape
+        if half == "fwd":
+            return product(rows, out, dim)
+        to_x, to_weight, _ = args["needs"]
+        return max(to_x * product(rows, dim, out), to_weight * product(out, dim, rows))
 
     @staticmethod
     def eager(input, weight, bias=None):

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import dispatch, linear_loss_parts
 from .loss import check_targets, loss_factor, reduce_losses
 from .op import Make, Op, Sample, autocast, empty, opmath, register
+from .scratch import CHUNK, CLASSES, early_rows, product
 from .sharding import SUM, Split, wanted
 
 
@@ -294,6 +295,25 @@ class LINEAR_CROSS_ENTROPY(Op):
     def flops_bwd(dloss, x, head, bias, target, weight, top, log_total, factor, *others):
         needs = others[-1]
         return 2 * x.shape[0] * head.numel() * (1 + needs[0] + needs[1]) if factor is None else 0
+
+    @staticmethod
+    def scratch(half, args):
+        x, (classes, dim) = args["x"], args["head"].shape
+        size, count, cols = x.element_size(), x.shape[0], min(CLASSES, classes)
+        rows = min(CHUNK, count)
+        made_early = half == "fwd" and any(args["early"])
+        if half == "bwd" and args["factor"] is not None:
+            return 0  # forward made the gradients
+        if made_early:
+            rows = early_rows(count)
+            own = rows * (4 * classes + size * cols + 4 * dim + 4 * dim)  # the last: x in panels
+        elif half == "fwd":
+            return 4 * rows * cols + product(rows, cols, dim)
+        else:
+            own = size * rows * cols + 4 * cols * dim  # the last: the head's block in panels, once more
+        if size < 4:  # sums of gradients in float32, or their lower halves
+            own += 2 * classes * dim if made_early else 4 * (count + cols) * dim
+        return own + max(product(rows, cols, dim), product(cols, dim, rows))
 
     @staticmethod
     def eager(

@@ -44,6 +44,11 @@ def cached_bytes() -> int:
     return pool.pool_kept() if (pool := _pool()) else 0
 
 
+def scratch_bytes() -> int:
+    """How many bytes the threads hold that kernels take beside outputs; they stay for the next call."""
+    return pool.scratch_held() if (pool := _pool()) else 0
+
+
 @cache
 def _pool() -> ModuleType | None:
     """The module that holds the pool: one for all instruction sets."""

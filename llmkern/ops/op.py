@@ -123,6 +123,8 @@ class Op:
         splits(half, args) -> [Split]          how a half may be split over devices, from its arguments by
                                                name; without, every device has all (sharding.py)
         unread(*args) -> int                   bytes of forward's arguments that it need not read
+        scratch(half, args) -> int             bytes that the C++ kernel of a half takes beside its outputs,
+                                               where they matter, from its arguments by name (scratch.py)
         public(...)                            the function that users call
         eager(...)                             the same by torch itself, with the same arguments
         samples(make), benchmarks(make)        arguments of `public`, ordinary and nasty; realistic
@@ -167,6 +169,10 @@ class Op:
 
     @staticmethod
     def unread(*args: Any) -> int:
+        return 0
+
+    @staticmethod
+    def scratch(half: str, args: dict[str, Any]) -> int:
         return 0
 
     @staticmethod
