@@ -110,8 +110,14 @@ def search(job: Job, fixed: dict[str, Any] | None = None, top: int = 5) -> list[
     if best:
         return sorted(best.values(), key=lambda c: c.time.total)[:top]
     if least is None:
-        raise wrong or UserError(f"no strategy uses all {job.devices} devices with {fixed}")
+        raise wrong or UserError(_does_not_divide(job.devices, fixed))
     raise UserError(_does_not_fit(job, fixed, least))
+
+
+def _does_not_divide(devices: int, fixed: dict) -> str:
+    sizes = {name: fixed[name] for name in ("dp", "tp", "pp", "cp", "ep") if name in fixed}
+    given = " x ".join(f"{name} {size}" for name, size in sizes.items()) or "this strategy"
+    return f"{given} cannot use {devices} device{'s' * (devices > 1)}; expected sizes whose product divides it"
 
 
 def _least_recompute(job: Job, strategy: Strategy, fixed: dict) -> tuple[Strategy | None, Memory]:

@@ -106,7 +106,7 @@ def test_llama_may_fill_its_stages_with_embeddings():
         ({"dtype": "float4"}, "dtype is 'float4', which NVIDIA A100"),
         ({"grid": "frnce"}, "grid is 'frnce', which is not known; did you mean france"),
         ({"pue": 0.5}, "pue is 0.5, expected at least 1"),
-        ({"strategy": {"tp": 7}}, "tp is 7, which does not divide|no strategy uses all"),
+        ({"strategy": {"tp": 7}}, "tp 7 cannot use 1 device; expected sizes"),
     ],
 )
 def test_bad_input(arguments: dict, message: str):
