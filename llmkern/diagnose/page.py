@@ -98,7 +98,11 @@ def _roofline_words(found: Diagnosis) -> str:
 
 def _memory_words(found: Diagnosis) -> str:
     parts = [(part, size(found.parts[part])) for part in PARTS if found.parts[part]]
-    return _legend(parts) + tag("p", f"{size(found.peak_bytes)} at the peak, of tensors.", class_="quiet")
+    return _legend(parts) + tag(
+        "p",
+        f"{size(found.peak_bytes)} at the peak, of tensors and what threads keep for kernels.",
+        class_="quiet",
+    )
 
 
 def _ops(found: Diagnosis) -> str:

@@ -19,7 +19,8 @@ class Prediction:
 
     Attributes:
         seconds: of the whole step; None without a profile of the machine.
-        peak_bytes: of all tensors together, at most; what an op takes for itself meanwhile is not in it.
+        peak_bytes: of all tensors together, at most, and the scratch of llmkern's C++ kernels; what other ops
+            take for themselves meanwhile is not in it.
         parts: the same by part (`memory.PARTS`), at that moment.
         flops, bytes, model_flops: of the whole step, as `costs.Work`.
         tokens: positions in the batch.

@@ -117,7 +117,9 @@ def search(job: Job, fixed: dict[str, Any] | None = None, top: int = 5) -> list[
 def _does_not_divide(devices: int, fixed: dict) -> str:
     sizes = {name: fixed[name] for name in ("dp", "tp", "pp", "cp", "ep") if name in fixed}
     given = " x ".join(f"{name} {size}" for name, size in sizes.items()) or "this strategy"
-    return f"{given} cannot use {devices} device{'s' * (devices > 1)}; expected sizes whose product divides it"
+    return (
+        f"{given} cannot use {devices} device{'s' * (devices > 1)}; expected sizes whose product divides it"
+    )
 
 
 def _least_recompute(job: Job, strategy: Strategy, fixed: dict) -> tuple[Strategy | None, Memory]:
