@@ -27,10 +27,10 @@ def test_a_short_write_is_continued(tmp_path, monkeypatch):
 
 
 def test_large_files_are_compared_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(durable, "PIECE", 10)
-    path = _folder(tmp_path / "a", one=bytes(95))
+    monkeypatch.setattr(durable, "PIECE", 1000)
+    path = _folder(tmp_path / "a", one=bytes(9500))
     durable.verify(path)
-    (path / "one").write_bytes(bytes(94) + b"\1")
+    (path / "one").write_bytes(bytes(9499) + b"\1")
     with pytest.raises(Damaged, match="one has another sha256"):
         durable.verify(path)
 

@@ -2,7 +2,7 @@
 
 Started as a script, in the folder of the project under test.  Each line it reads is a JSON list, (arguments
 of pytest, seconds at most, file for the output); each line it writes is the exit code, or null for a run
-that was stopped.
+that was stopped; the first line says that it is ready.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 
 
 def main() -> None:
@@ -21,6 +22,11 @@ def main() -> None:
     import torch  # noqa: F401
     import triton  # noqa: F401
 
+    with suppress(ImportError):
+        import transformers.generation
+        import transformers.modeling_utils  # noqa: F401
+
+    print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         print(json.dumps(_run(*json.loads(line))), flush=True)
 

@@ -77,6 +77,7 @@ class Judge(Copy):
             [sys.executable, ROOT / "tests/proof/forked.py"], cwd=self.path, env=self.environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
+        self._runner.stdout.readline()  # it is ready
         return self
 
     def __exit__(self, *error: object) -> None:
