@@ -4,6 +4,7 @@ Both see the same batches from the same weights.  Rounding differs, so the losse
 and how far is the figure.
 """
 
+import multiprocessing
 from typing import NamedTuple
 
 import torch
@@ -59,3 +60,11 @@ def train(text: str, seed: int, steps: int, spoil: float = 0.0) -> Pair:
             early = max(early, abs(a.loss - b.loss))
     checks = Batches(held_out, 12, shape.block_size, 0)
     return Pair(seed, early, evaluate(plain, checks, 20), evaluate(swapped, checks, 20))
+
+
+def train_all(jobs: list[tuple]) -> list[Pair]:
+    """`train` with each of these arguments, shared out over two processes of one thread."""
+    with multiprocessing.get_context("fork").Pool(
+        2, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        return pool.starmap(train, jobs, chunksize=1)
