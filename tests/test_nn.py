@@ -86,13 +86,16 @@ def test_norm_residual(norm):
 
 @pytest.mark.parametrize("options", [
     {}, {"reduction": "sum"}, {"reduction": "none", "ignore_index": 2}, {"label_smoothing": 0.1},
-    {"weight": torch.linspace(0.1, 1, 11)},
+    {"weight": torch.linspace(0.1, 1, 11)}, {"ignore_index": 2},
+    {"weight": torch.linspace(0.1, 1, 11), "ignore_index": 2},
 ], ids=str)  # fmt: skip
 def test_cross_entropy(options):
     loss = llmkern.nn.CrossEntropyLoss(**options)
     if "ignore_index" not in options:
         agree(loss, nn.CrossEntropyLoss, inputs(9, 11), torch.rand(9, 11))
-    agree(loss, nn.CrossEntropyLoss, inputs(9, 11), torch.randint(11, (9,)))
+    some = torch.randint(11, (9,))
+    some[::4] = 2
+    agree(loss, nn.CrossEntropyLoss, inputs(9, 11), some)
     agree(loss, nn.CrossEntropyLoss, inputs(2, 11, 4), torch.randint(11, (2, 4)))
 
 

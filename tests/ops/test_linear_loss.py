@@ -30,7 +30,7 @@ def integers(high: int, n: int, device="cpu"):
 def small_tiles(monkeypatch):
     """Triton's parts of vocabulary and batch are so large that no small input has two."""
     config = pytest.importorskip("llmkern.kernels.config")
-    for name, size in {"PART": 16, "ROWS": 16, "COLS": 32}.items():
+    for name, size in {"PART": 32, "ROWS": 16, "COLS": 32}.items():
         monkeypatch.setattr(config, f"LINEAR_LOSS_{name}", size)
     tiles = pytest.importorskip("llmkern.kernels.tiles")
     small = {k: tiles.Tile(16, 16, 16, 1, 1) for k in tiles.TABLE if k[0] == "gemm"}
