@@ -140,12 +140,16 @@ def deterministic() -> Iterator[Row]:
     table = ["| op | from run to run | 1, 2 or 4 threads | alone as in a batch |", "|---|---|---|---|"]
     table += [f"| {r.op} | {words[r.runs]} | {words[r.threads]} | {words[r.batch]} |" for r in rows]
     good = all(r.runs and r.threads and r.batch is not False for r in rows)
+    variant = [
+        f"{r.op}: {determinism.NOT_INVARIANT.get(r.op, 'unknown why')}" for r in rows if r.batch is False
+    ]
     yield Row(
         "determinism of the C++ kernels, forward and backward; batch invariance of the ops of inference",
-        f"bit-equal: {RUNS} runs x 1, 2, 4 threads", f"{sum(r.runs and r.threads for r in rows)} of "
-        f"{len(rows)} ops; batch: {sum(r.batch is True for r in rows)} of "
-        f"{sum(r.batch is not None for r in rows)}", good,
-        "one bit (tests/test_proof.py)", "python tests/proof deterministic", "\n".join(table),
+        f"bit-equal: {RUNS} runs x 1, 2, 4 threads",
+        f"{sum(r.runs and r.threads for r in rows)} of {len(rows)} ops; batch: "
+        f"{sum(r.batch is True for r in rows)} of {sum(r.batch is not None for r in rows)}"
+        + "".join(f"; {reason}" for reason in variant),
+        good, "one bit (tests/test_proof.py)", "python tests/proof deterministic", "\n".join(table),
     )  # fmt: skip
 
 
