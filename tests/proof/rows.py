@@ -135,7 +135,7 @@ def seeded() -> Iterator[Row]:
 
 def deterministic() -> Iterator[Row]:
     """Equal bits."""
-    rows = determinism.table(RUNS, cases=2)
+    rows = determinism.table(RUNS, cases=8)
     words = {True: "supported", False: "not supported", None: "no question"}
     table = ["| op | from run to run | 1, 2 or 4 threads | alone as in a batch |", "|---|---|---|---|"]
     table += [f"| {r.op} | {words[r.runs]} | {words[r.threads]} | {words[r.batch]} |" for r in rows]
