@@ -56,14 +56,20 @@ def test_nothing_or_everything_dropped(backend: str, device: str, p: float):
         torch.testing.assert_close(y, ops.ffn(*tensors) + residual)
 
 
-def test_recompute_gives_the_same_bits(backend: str, device: str):
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_recompute_gives_the_same_bits(backend: str, device: str, activation: str):
     grads = []
     for recompute in (False, True):
         tensors = [t.to(device).requires_grad_() for t in layer()]
         options = {"dropout_p": 0.2, "dropout_seed": SEED, "recompute": recompute}
+        leaves = list(tensors)
+        if activation == "swiglu":
+            gate = [(t + 0.1).detach().requires_grad_() for t in tensors[1:3]]
+            options |= {"weight_gate": gate[0], "bias_gate": gate[1]}
+            leaves += gate
         with ops.use(backend):
-            ops.ffn(*tensors, "gelu", **options).square().sum().backward()
-        grads.append([t.grad for t in tensors])
+            ops.ffn(*tensors, activation, **options).square().sum().backward()
+        grads.append([t.grad for t in leaves])
     for a, b in zip(*grads):
         assert torch.equal(a, b)
 

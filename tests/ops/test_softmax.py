@@ -52,6 +52,18 @@ def test_rows_sum_to_one(backend: str, device: str, strict):
 
 
 @both
+def test_rows_far_below_zero(name: str, backend: str, device: str, strict):
+    """No 0 beside a row counts among its values, and a maximum that comes late does."""
+    for width in (3, 37, 9001):
+        x = (randn(2, width).to(device) * 3).round() / 8  # float32 holds x - 4096 exactly
+        x[:, -1] = 3.0
+        with ops.use(backend):
+            far_below, at_zero = (getattr(ops, name)(t) for t in (x - 4096, x))
+        torch.testing.assert_close(far_below, at_zero, rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(at_zero, getattr(F, name)(x, -1), rtol=1e-5, atol=1e-9)
+
+
+@both
 def test_dtype(name: str, backend: str, device: str, strict):
     x = randn(3, 40, dtype=torch.bfloat16).to(device)
     with ops.use(backend):
