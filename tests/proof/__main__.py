@@ -33,8 +33,8 @@ def main() -> int:
         print(f"{'ok    ' if row.good else 'MISSED'} {seconds:6.0f} s  {row.what}: {row.found}", flush=True)
         if row.details and (arguments.parts or not row.good):
             print(row.details)
-    if not arguments.parts:
-        page.write(made)
+        if not arguments.parts:
+            page.write(made)
     return int(not all(row.good for row, _ in made))
 
 

@@ -38,6 +38,7 @@ from llmkern.train import checkpoint
 from llmkern.train.config import RunConfig
 from llmkern.train.keys import read_file
 
+PART = 500  # files that a process harms at a time
 MEMORY = 256 * 2**20  # bytes of address space that a reader of these small files may take
 SMALL = GPTConfig(vocab_size=7, block_size=8, n_layer=1, n_head=2, n_embd=8)
 
@@ -66,6 +67,11 @@ class Tally:
     tried: int = 0
     refused: int = 0
     bad: list[str] = field(default_factory=list)
+
+    def join(self, other: "Tally") -> None:
+        self.tried += other.tried
+        self.refused += other.refused
+        self.bad += other.bad
 
 
 def _file(name: str, data: bytes) -> Callable[[Path], list[Path]]:
@@ -277,7 +283,17 @@ class _limited_memory:
 
 def try_all(each: int, processes: int = 2) -> list[Tally]:
     """`each` harmed files of every kind, shared out over processes; a process that dies is an error."""
-    torch.set_num_threads(1)
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
-        running = [pool.apply_async(try_kind, (kind, range(each))) for kind in KINDS]
-        return [task.get(timeout=600) for task in running]
+    starts = range(0, each, PART)
+    jobs = [(i, range(start, min(each, start + PART))) for i in range(len(KINDS)) for start in starts]
+    tallies = [Tally(kind.name) for kind in KINDS]
+    with multiprocessing.get_context("fork").Pool(
+        processes, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        running = [pool.apply_async(_part, job) for job in jobs]
+        for (i, _), task in zip(jobs, running):
+            tallies[i].join(task.get(timeout=600))
+    return tallies
+
+
+def _part(kind: int, seeds: range) -> Tally:
+    return try_kind(KINDS[kind], seeds)
