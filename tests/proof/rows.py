@@ -284,6 +284,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "contracts": tested(
         "opcheck, gradcheck, double backward, inputs unchanged bit for bit, torch.compile equal to eager",
         "every op", "test_the_rule_can_fail", "tests/ops/test_contract.py", "tests/ops/test_numbers.py",
+        "-k", "not generic and not avx2",
     ),
     "binaries": binaries,
     "kills": tested(
