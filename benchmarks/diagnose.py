@@ -43,7 +43,7 @@ TARGETS = {"time": 0.20, "memory": 0.05}
 
 @dataclass
 class Row:
-    """One model, plain or swapped; seconds of a step and bytes at its peak.
+    """One model, plain or swapped; seconds of a step (None where none was timed) and bytes at its peak.
 
     Attributes:
         resident: bytes by which the process grew, with memory given back at once.
@@ -52,16 +52,16 @@ class Row:
 
     model: str
     swapped: bool
-    predicted_seconds: float
+    predicted_seconds: float | None
     predicted_bytes: int
-    seconds: float = 0.0
+    seconds: float | None = None
     times: list[float] | None = None
     resident: int = 0
     process: int = 0
 
     @property
-    def time_error(self) -> float:
-        return self.predicted_seconds / self.seconds - 1
+    def time_error(self) -> float | None:
+        return self.predicted_seconds / self.seconds - 1 if self.seconds else None
 
     @property
     def memory_error(self) -> float:
@@ -73,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.diagnose", description=__doc__)
     parser.add_argument("models", nargs="*", help=f"of {', '.join(MODELS)}; by default all")
     parser.add_argument("--again", action="store_true", help="measure the machine again before")
+    parser.add_argument(
+        "--memory", action="store_true", help="memory alone, which a busy machine does not change"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
     parser.add_argument("--run", nargs=2, metavar=("MODEL", "HOW"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -80,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(run(*args.run)))
         return 0
     console = make_console()
-    profile = calibrate.profile("cpu", torch.float32, args.again, console.print)
+    profile = None if args.memory else calibrate.profile("cpu", torch.float32, args.again, console.print)
     rows = []
     for name in args.models or MODELS:
         for swapped in (False, True):
@@ -90,10 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         how = "swapped" if row.swapped else "plain"
         row.times, row.process = _child(row.model, how).values()
         row.resident = _child(row.model, f"{how} once", GIVE_BACK)["resident"]
-        row.seconds = median(row.times)
+        if not args.memory:
+            row.seconds = median(row.times)
     about = machine.describe("cpu")
     console.print(table(rows), about)
-    path = args.out / f"diagnose-{machine.slug(about['device'])}-{about['date']}.json"
+    kind = "diagnose-memory" if args.memory else "diagnose"
+    path = args.out / f"{kind}-{machine.slug(about['device'])}-{about['date']}.json"
     path.write_text(json.dumps({"machine": about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     console.print(f"saved {path}")
     return 0
@@ -109,14 +114,20 @@ def table(rows: list[Row]) -> Table:
     for row in rows:
         result.add_row(
             f"{row.model}{', swapped' * row.swapped}",
-            duration(row.predicted_seconds), duration(row.seconds), _error(row.time_error, "time"),
+            *map(_duration, (row.predicted_seconds, row.seconds)), _error(row.time_error, "time"),
             size(row.predicted_bytes), size(row.resident), _error(row.memory_error, "memory"),
             size(row.process),
         )  # fmt: skip
     return result
 
 
-def _error(error: float, target: str) -> str:
+def _duration(seconds: float | None) -> str:
+    return "-" if seconds is None else duration(seconds)
+
+
+def _error(error: float | None, target: str) -> str:
+    if error is None:
+        return "-"
     return f"{100 * error:+.1f} %" + (" missed" if abs(error) > TARGETS[target] else "")
 
 

@@ -25,7 +25,10 @@ class Encoder(nn.Module):
     def __init__(self, size: families.Size) -> None:
         super().__init__()
         self.embedding = nn.Embedding(size.vocabulary, size.width)
-        layer = nn.TransformerEncoderLayer(size.width, size.heads, size.inner, 0.0, batch_first=True)
+        # GELU: one ReLU that rounds to the other side of 0 would be all of the error
+        layer = nn.TransformerEncoderLayer(
+            size.width, size.heads, size.inner, 0.0, activation="gelu", batch_first=True
+        )
         self.encoder = nn.TransformerEncoder(layer, size.layers, enable_nested_tensor=False)
         self.head = nn.Linear(size.width, size.vocabulary)
         self.loss = nn.CrossEntropyLoss()
