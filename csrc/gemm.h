@@ -41,8 +41,7 @@ constexpr int64_t kChain = 128;                  // products of float that a sum
 constexpr int64_t kRowPanels = 144 / kTileRows;  // most panels of A in a task
 constexpr int64_t kColPanels = 768 / kTileCols;  // and of B: with K in blocks, 432 KiB of sums wait in L2
 constexpr int64_t kPackedBytes = 16 << 20;       // of B, packed at a time when it is used once
-constexpr int64_t kPackedApart = 1 << 20;        // most of B that each thread packs for itself,
-constexpr int64_t kRowsApart = 192;              // and fewest rows of A a thread: packing is 5 % of it there
+constexpr int64_t kColsApart = 256, kRowsApart = 192;  // fewest of a thread that packs for itself
 
 // tile (kTileRows x kTileCols), or the first `rows` of it, = or += a · b over `units` steps of two packed panels.
 //
@@ -163,6 +162,13 @@ class Finish {
     for (const Touched& t : touched_) t.prefetch_tile(row, first_col_ + col);
   }
   void operator()(const float* tile, int64_t row, int64_t col) const { call_(*this, tile, row, col); }
+  // For a product that has `count` of the columns, those from `first` on.
+  Finish columns(int64_t first, int64_t count) const {
+    Finish part = *this;
+    part.first_col_ += first;
+    part.cols_ = count;
+    return part;
+  }
 
  private:
   template <class Epilogue>
@@ -207,48 +213,53 @@ void multiply_block(const Matrix<const T>& a, const Packed<T>& b, Range rows, Ra
   }
 }
 
-// A product in tasks of `tall` panels of A times `wide` of B, so many that no thread waits long for another.
-template <class T>
-class Tasks {
- public:
-  Tasks(const Matrix<const T>& a, int64_t b_rows, const Finish& finish)
-      : a_(a), finish_(finish), row_panels_(ceil_div(a.rows, kTileRows)), col_panels_(ceil_div(b_rows, kTileCols)) {
-    const int64_t want = threads() > 1 ? 4 * threads() : 1;
-    tall_ = part_size(row_panels_, kRowPanels, want);
-    row_parts_ = ceil_div(row_panels_, tall_);
-    wide_ = part_size(col_panels_, kColPanels, ceil_div(want, std::max<int64_t>(1, row_parts_)));
-  }
-  int64_t count() const { return row_parts_ * ceil_div(col_panels_, wide_); }
-  void run(int64_t task, const Packed<T>& b) const {
-    const int64_t i = task % row_parts_ * tall_, j = task / row_parts_ * wide_;
-    multiply_block(a_, b, {i, std::min(i + tall_, row_panels_)}, {j, std::min(j + wide_, col_panels_)}, finish_);
-  }
-
- private:
-  const Matrix<const T>& a_;
-  const Finish& finish_;
-  int64_t row_panels_, col_panels_, tall_, row_parts_, wide_;
-};
-
 // epilogue(row, col, values, n): n sums of row `row` from column `col` on, on some thread.
 template <class T, class Epilogue>
 void multiply(const Matrix<const T>& a, const Packed<T>& b, const Epilogue& epilogue,
               const TouchedList& touched = {}, int64_t first_col = 0) {
   const Finish finish(epilogue, touched, a.rows, first_col, b.rows);
-  const Tasks<T> tasks(a, b.rows, finish);
-  parallel_for(tasks.count(), true, [&](int64_t task) { tasks.run(task, b); });
+  const int64_t row_panels = ceil_div(a.rows, kTileRows), col_panels = b.panels();
+  const int64_t want = threads() > 1 ? 4 * threads() : 1;  // tasks, so that no thread waits long for another
+  const int64_t tall = part_size(row_panels, kRowPanels, want), row_parts = ceil_div(row_panels, tall);
+  const int64_t wide = part_size(col_panels, kColPanels, ceil_div(want, std::max<int64_t>(1, row_parts)));
+  parallel_for(row_parts * ceil_div(col_panels, wide), true, [&](int64_t task) {
+    const int64_t i = task % row_parts * tall, j = task / row_parts * wide;
+    multiply_block(a, b, {i, std::min(i + tall, row_panels)}, {j, std::min(j + wide, col_panels)}, finish);
+  });
 }
 
-// The same for a small second operand, which each thread packs for itself: to write a line that another core has
-// in its cache, too, takes up to 28 ns, whatever is fetched ahead; to pack all of B takes less.
+// Rows of A times columns of B that this thread packs for itself.
 template <class T>
-void multiply_apart(const Matrix<const T>& a, const Matrix<const T>& b, const Finish& finish) {
-  const Tasks<T> tasks(a, b.rows, finish);
-  Shares shares(tasks.count(), threads());
-  together([&](const Team& team) {
-    const Packed<T> own(b);
-    shares.run(team.rank, [&](int64_t task) { tasks.run(task, own); });
-  });
+void multiply_alone(const Matrix<const T>& a, const Matrix<const T>& b, Range rows, Range cols, const Finish& finish) {
+  const int64_t first = cols.begin * kTileCols, count = std::min(cols.end * kTileCols, b.rows) - first;
+  const Packed<T> own(b.some_rows(first, count));
+  for (int64_t i = rows.begin; i < rows.end; i += kRowPanels)
+    multiply_block(a, own, {i, std::min(i + kRowPanels, rows.end)}, {0, own.panels()}, finish.columns(first, count));
+}
+
+// The same for a second operand that is used once, by threads that share no panel: to write a line that another
+// core has in its cache, too, takes up to 28 ns, whatever is fetched ahead, and half of a shared panel's lines are
+// such ones.  Threads that part the columns each pack all of A, those that part the rows all of B: 5 % of the work
+// where each has kColsApart or kRowsApart of them.  False, and nothing done, where there are fewer.
+template <class T>
+bool multiply_apart(const Matrix<const T>& a, const Matrix<const T>& b, const Finish& finish) {
+  const int64_t row_panels = ceil_div(a.rows, kTileRows), col_panels = ceil_div(b.rows, kTileCols);
+  const int workers = threads();
+  if (b.rows >= kColsApart * workers && b.rows >= a.rows) {
+    const int64_t wide = part_size(col_panels, kColPanels, workers);
+    parallel_for(ceil_div(col_panels, wide), true, [&](int64_t task) {
+      const Range cols{task * wide, std::min((task + 1) * wide, col_panels)};
+      multiply_alone(a, b, {0, row_panels}, cols, finish);
+    });
+    return true;
+  }
+  if (a.rows >= kRowsApart * workers) {
+    parallel_for(workers, true, [&](int64_t task) {
+      multiply_alone(a, b, share_of(row_panels, task, workers), {0, col_panels}, finish);
+    });
+    return true;
+  }
+  return false;
 }
 
 // The same for at most kTileRows rows of A, which meet each panel of B as soon as it is packed, in the first
@@ -287,12 +298,13 @@ template <class T, class Epilogue>
 void multiply(const Matrix<const T>& a, const Matrix<const T>& b, const Epilogue& epilogue,
               const TouchedList& touched = {}) {
   if (a.rows <= kTileRows) return multiply_few(a, b, Finish(epilogue, touched, a.rows, 0, b.rows));
-  const int64_t bytes = std::max<int64_t>(1, b.cols) * kTileCols * 4 / Units<T>::depth;  // of a panel
-  if (a.rows >= kRowsApart * threads() && bytes * ceil_div(b.rows, kTileCols) <= kPackedApart)
-    return multiply_apart(a, b, Finish(epilogue, touched, a.rows, 0, b.rows));
+  const int64_t bytes = std::max<int64_t>(1, b.cols) * kTileCols * 4 / Units<T>::depth;
   const int64_t rows = std::max<int64_t>(1, kPackedBytes / bytes) * kTileCols;
-  for (int64_t first = 0; first < b.rows; first += rows)
-    multiply(a, Packed<T>(b.some_rows(first, std::min(rows, b.rows - first))), epilogue, touched, first);
+  for (int64_t first = 0; first < b.rows; first += rows) {
+    const auto part = b.some_rows(first, std::min(rows, b.rows - first));
+    if (!multiply_apart(a, part, Finish(epilogue, touched, a.rows, first, part.rows)))
+      multiply(a, Packed<T>(part), epilogue, touched, first);
+  }
 }
 
 }  // namespace llmkern
