@@ -86,8 +86,7 @@ class Early {
       const auto epilogue = [&](int64_t i, int64_t j, Vec v, int n) {
         store(logits(i, col + j), head_.logits(v, col + j, n));
       };
-      const Packed<T> packed(head_.weight.some_rows(col, cols));
-      multiply(kept_.x(first, count), packed, epilogue, {Touched(logits(0, col), width_)});
+      multiply(kept_.x(first, count), head_.weight.some_rows(col, cols), epilogue, {Touched(logits(0, col), width_)});
       parallel_for(count, false, [&](int64_t i) {
         losses_.see(rows[i], first + i, logits(i, col), col, cols, seen);
       });
@@ -132,7 +131,7 @@ class Early {
       else
         store(sum, v, n);
     };
-    multiply(Matrix<const T>(dz), Packed<T>(head_.weight.some_rows(col, cols).t()), epilogue,
+    multiply(Matrix<const T>(dz), head_.weight.some_rows(col, cols).t(), epilogue,
              {Touched(x_sums_.as<float>(), dim_)});
   }
 
