@@ -27,8 +27,8 @@ from .peers import calls, examine
 from .suite import Case, run_case
 
 PEERS = ["llmkern", "eager", "compile"]
-SETTINGS = Settings(rounds=7, seconds=0.02, budget=3.0)
-STEP_SETTINGS = Settings(rounds=7, seconds=0.05, budget=15.0)
+SETTINGS = Settings(rounds=5, seconds=0.02, budget=1.0)
+STEP_SETTINGS = Settings(rounds=5, seconds=0.05, budget=5.0)
 FLOAT, HALF = torch.float32, torch.bfloat16
 
 
