@@ -12,8 +12,8 @@
 //   L1         a panel of A, 12 x 384 floats = 18 KiB; the panel of B streams past it, 128 bytes in 24
 //              cycles, prefetched.
 //   L2         12 panels of A = 144 rows, 216 KiB, and the panel of B, 48 KiB, that all of them use.
-//   L3         all of B packed, shared by the threads: each brings a panel in once for 144 rows, which is
-//              48 KiB for 12 x 384 x 24 cycles, 0.4 bytes a cycle.
+//   L3         B packed, each thread its own part where there is enough for all (multiply_apart): a panel comes
+//              in once for 144 rows, which is 48 KiB for 12 x 384 x 24 cycles, 0.4 bytes a cycle.
 // bfloat16 pairs fill the same registers and bytes with twice the depth.
 //
 // A tile belongs to one thread and k runs in order, in blocks and chains that depend on K alone: the same bits for
