@@ -14,6 +14,7 @@ from .inference import Inference
 from .model import Model
 from .search import CONTEXT, Candidate, both
 from .simulate import Point
+from .strategy import Strategy
 
 NOT_MODELLED = (
     "Not modelled: data loading, failures (--goodput), other jobs on the network, clocks lowered by heat, "
@@ -57,14 +58,23 @@ def plan(found: Plan, console: Console | None = None) -> None:
     for note in job.model.notes:
         console.print(f"note: {note}", soft_wrap=True)
     console.print(_parameters(job.model), _flops(found), _strategies(found))
-    mesh = ",".join(f"{name}={size}" for name, size in found.best.strategy.mesh.items())
-    console.print(f"The mesh of the fastest: {mesh}", _memory(found.best, job.device))
+    console.print(_mesh(found.best.strategy), soft_wrap=True)
+    console.print(_memory(found.best, job.device))
     console.print(_time(found), _run(found))
     if found.inference:
         console.print(_inference(found.inference))
     else:
         console.print("Inference: the weights do not fit on one node in 16 bits.")
     console.print(NOT_MODELLED)
+
+
+def _mesh(s: Strategy) -> str:
+    """The fastest strategy as `llmkern train` takes it, and what that has not of it."""
+    mesh = ",".join(f"{name}={size}" for name, size in s.mesh.items() if size > 1) or "dp=1"
+    other = [f"ZeRO-{s.zero} as fsdp, which sends more"] if s.zero in (1, 2) else []
+    other += ["stages of one chunk"] if s.interleave > 1 else []
+    other += ["experts whole"] if s.ep > 1 else []
+    return f"The mesh of the fastest: --parallel {mesh}" + (f" ({'; '.join(other)})" if other else "")
 
 
 def inference(found: Inference) -> None:

@@ -104,8 +104,11 @@ class Strategy:
 
     @property
     def mesh(self) -> dict[str, int]:
-        """Sizes of a device mesh, as `--parallel` takes them; ZeRO-1 and 2 replicate weights, as dp does."""
-        data = {"dp": 1, "fsdp": self.dp} if self.zero == 3 else {"dp": self.dp, "fsdp": 1}
+        """Sizes of a device mesh, as `--parallel` takes them.
+
+        It has no ZeRO-1 and 2: fsdp stands for them, which holds no more of the model, and sends more.
+        """
+        data = {"dp": 1, "fsdp": self.dp} if self.zero else {"dp": self.dp, "fsdp": 1}
         return {**data, "tp": self.tp, "pp": self.pp, "cp": self.cp}
 
     def micro_batches(self, batch: int) -> int:

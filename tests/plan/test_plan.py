@@ -32,6 +32,7 @@ def test_dtype_is_what_the_device_has():
 
 def test_mesh():
     assert Strategy(dp=4, tp=2, zero=3).mesh == {"dp": 1, "fsdp": 4, "tp": 2, "pp": 1, "cp": 1}
+    assert Strategy(dp=4, zero=1).mesh["fsdp"] == 4  # replicas would hold more than was planned
     assert Strategy(dp=4, pp=2).mesh == {"dp": 4, "fsdp": 1, "tp": 1, "pp": 2, "cp": 1}
 
 
