@@ -10,7 +10,7 @@ that was not: the batches are functions of the step, and a checkpoint holds ever
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -119,14 +119,15 @@ class Run:
         for folder in (self.path, self.path / checkpoint.FOLDER) if self.leads else ():
             durable.sweep(folder)
         torch.manual_seed(self.config.seed)
-        found = checkpoint.newest(self.path, self.say)
-        if found is not None:
-            model = self._same(found).build_model(self.config.kernels)
-        elif self.config.init:
-            model = self._initial().build_model(self.config.kernels)
-        else:
-            self.config = resolve(self.config, asdict(PRESETS[self.config.preset]))
-            model = build_model(self.config, len(self.tokenizer))
+        with self.team.one_voice() if self.team else nullcontext():
+            found = checkpoint.newest(self.path, self.say)
+            if found is not None:
+                model = self._same(found).build_model(self.config.kernels)
+            elif self.config.init:
+                model = self._initial().build_model(self.config.kernels)
+            else:
+                self.config = resolve(self.config, asdict(PRESETS[self.config.preset]))
+                model = build_model(self.config, len(self.tokenizer))
         self.model, parallel = model.to(self.device), None
         if self.team is not None:
             parallel = self.team.divide(self.model, self.config, self.device, found.step if found else 0)

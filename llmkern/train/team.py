@@ -39,7 +39,7 @@ class Team:
 
     def __init__(self, config: RunConfig) -> None:
         self.rank, self.world = launched()
-        with self._one_voice():
+        with self.one_voice():
             self.sizes = Sizes.parse(config.parallel)
             if config.dtype == "float16":
                 raise UserError("parallel takes no dtype float16, expected bfloat16 or float32")
@@ -64,7 +64,7 @@ class Team:
         self.part = (0, self.sizes.data)
 
     @contextmanager
-    def _one_voice(self) -> Iterator[None]:
+    def one_voice(self) -> Iterator[None]:
         """Around what all processes find wrong alike: the first says it, the others end."""
         try:
             yield
@@ -78,7 +78,7 @@ class Team:
         from ..parallel import Parallel
 
         self.description, self.order = describe(model), [name for name, _ in model.named_parameters()]
-        with self._one_voice():
+        with self.one_voice():
             self.sizes.check(self.world, config.batch_size, config.block_size, shape_of(model.config))
         mesh = start(self.sizes, device, config.timeout)
         steps = self.collect(step)
@@ -87,7 +87,7 @@ class Team:
                 f"out {config.out!r}: processes find checkpoints of steps {sorted(set(steps))}; it must be a "
                 "folder that all nodes share"
             )
-        with self._one_voice():
+        with self.one_voice():
             self.parallel = parallel = Parallel(
                 model, mesh, config.torch_dtype, config.saver, config.micro_batch, outer_of(config)
             )
@@ -116,7 +116,8 @@ class Team:
             self.wait()  # the folder is there
             for files in self.collect(sharded.write(folder.part, tensors, self.rank)):
                 folder.files |= files
-            if lost := [name for name in folder.files if not (folder.part / name).exists()]:
+            # all have looked before the first gives the folder another name
+            if lost := [name for names in self.collect(self.lost(folder)) for name in names]:
                 raise UserError(
                     f"out {str(run)!r} has no {lost[0]}; it must be a folder that all nodes share"
                 )
@@ -130,6 +131,10 @@ class Team:
             fill(NewFolder(path))
         self.wait()
         return path
+
+    def lost(self, folder: NewFolder) -> list[str]:
+        """The files of all processes that this one does not see."""
+        return [name for name in folder.files if not (folder.part / name).exists()]
 
     def _join(self, every: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         """The groups of all stages as one, in the order of the undivided model."""

@@ -2,7 +2,7 @@
 
 MOMENT is "step" (before it), "part" (before its part of a checkpoint is written) or "name" (before a
 checkpoint gets its name, which is when it begins to exist): there it is killed, in the first start.  At
-"hang" it stops to answer before step CALL, in every start.
+"hang" it stops to answer before step CALL, in every start; at "late" it is slow to look for files of others.
 """
 
 import os
@@ -14,12 +14,14 @@ from llmkern import durable
 from llmkern.cli import main
 from llmkern.train import sharded
 from llmkern.train.loop import Trainer
+from llmkern.train.team import Team
 
 PLACES = {
     "step": (Trainer, "advance"),
     "part": (sharded, "write"),
     "name": (durable, "rename"),
     "hang": (Trainer, "advance"),
+    "late": (Team, "lost"),
 }
 
 
@@ -33,6 +35,13 @@ def hang() -> None:
     time.sleep(1000)
 
 
+def wait() -> None:
+    time.sleep(2)
+
+
+ENDS = {"hang": hang, "late": wait}
+
+
 def end_in(moment: str, call: int) -> None:
     """Before that call of what the moment names, come to an end."""
     owner, name = PLACES[moment]
@@ -42,7 +51,7 @@ def end_in(moment: str, call: int) -> None:
         nonlocal count
         count += 1
         if count == call:
-            hang() if moment == "hang" else die()
+            ENDS.get(moment, die)()
         return real(*args, **kwargs)
 
     setattr(owner, name, counted)

@@ -75,6 +75,13 @@ def test_a_process_that_hangs_is_named(data, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_process_that_is_late_finds_the_files_of_a_checkpoint(data, tmp_path):
+    arguments = launch.train(data, tmp_path, "--parallel", "dp=2", "--steps", "2")
+    code, said = torchrun(2, [str(DYING), "1", "late", "1", *arguments])
+    assert code == 0, said
+
+
+@pytest.mark.slow
 def test_other_numbers_of_processes_go_on(data, tmp_path):
     """Two, then one, then other meshes: the same as one alone, but for rounding."""
     keys = ("--dropout", "0", "--schedule", "constant")
