@@ -41,7 +41,8 @@ constexpr int64_t kChain = 128;                  // products of float that a sum
 constexpr int64_t kRowPanels = 144 / kTileRows;  // most panels of A in a task
 constexpr int64_t kColPanels = 768 / kTileCols;  // and of B: with K in blocks, 432 KiB of sums wait in L2
 constexpr int64_t kPackedBytes = 16 << 20;       // of B, packed at a time when it is used once
-constexpr int64_t kColsApart = 256, kRowsApart = 192;  // fewest of a thread that packs for itself
+constexpr int64_t kColsApart = 256, kRowsApart = 192;  // fewest of a thread that packs for itself,
+constexpr int64_t kPackedApart = 2 << 20;              // and most bytes of B that each packs whole
 
 // tile (kTileRows x kTileCols), or the first `rows` of it, = or += a · b over `units` steps of two packed panels.
 //
@@ -233,33 +234,34 @@ template <class T>
 void multiply_alone(const Matrix<const T>& a, const Matrix<const T>& b, Range rows, Range cols, const Finish& finish) {
   const int64_t first = cols.begin * kTileCols, count = std::min(cols.end * kTileCols, b.rows) - first;
   const Packed<T> own(b.some_rows(first, count));
-  for (int64_t i = rows.begin; i < rows.end; i += kRowPanels)
-    multiply_block(a, own, {i, std::min(i + kRowPanels, rows.end)}, {0, own.panels()}, finish.columns(first, count));
+  const Finish part = finish.columns(first, count);
+  for (int64_t j = 0; j < own.panels(); j += kColPanels)
+    for (int64_t i = rows.begin; i < rows.end; i += kRowPanels)
+      multiply_block(a, own, {i, std::min(i + kRowPanels, rows.end)}, {j, std::min(j + kColPanels, own.panels())}, part);
 }
 
 // The same for a second operand that is used once, by threads that share no panel: to write a line that another
 // core has in its cache, too, takes up to 28 ns, whatever is fetched ahead, and half of a shared panel's lines are
-// such ones.  Threads that part the columns each pack all of A, those that part the rows all of B: 5 % of the work
-// where each has kColsApart or kRowsApart of them.  False, and nothing done, where there are fewer.
+// such ones.  Threads that part the rows each pack all of B, if it is small, those that part the columns all of A:
+// 5 % of the work where each has kRowsApart or kColsApart of them.  False, and nothing done, where there are fewer.
 template <class T>
 bool multiply_apart(const Matrix<const T>& a, const Matrix<const T>& b, const Finish& finish) {
   const int64_t row_panels = ceil_div(a.rows, kTileRows), col_panels = ceil_div(b.rows, kTileCols);
-  const int workers = threads();
-  if (b.rows >= kColsApart * workers && b.rows >= a.rows) {
+  const int64_t workers = threads(), bytes = b.rows * ceil_div(b.cols, Units<T>::depth) * 4;
+  const bool by_rows = a.rows >= kRowsApart * workers && bytes <= kPackedApart;
+  const bool by_cols = b.rows >= kColsApart * workers;
+  if (by_rows && (a.rows > b.rows || !by_cols)) {
+    parallel_for(workers, true, [&](int64_t task) {
+      multiply_alone(a, b, share_of(row_panels, task, workers), {0, col_panels}, finish);
+    });
+  } else if (by_cols) {
     const int64_t wide = part_size(col_panels, kColPanels, workers);
     parallel_for(ceil_div(col_panels, wide), true, [&](int64_t task) {
       const Range cols{task * wide, std::min((task + 1) * wide, col_panels)};
       multiply_alone(a, b, {0, row_panels}, cols, finish);
     });
-    return true;
   }
-  if (a.rows >= kRowsApart * workers) {
-    parallel_for(workers, true, [&](int64_t task) {
-      multiply_alone(a, b, share_of(row_panels, task, workers), {0, col_panels}, finish);
-    });
-    return true;
-  }
-  return false;
+  return by_rows || by_cols;
 }
 
 // The same for at most kTileRows rows of A, which meet each panel of B as soon as it is packed, in the first
