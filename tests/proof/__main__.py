@@ -28,13 +28,15 @@ def main() -> int:
     if arguments.family:
         return judge(arguments.family)
     made = []
-    for row, seconds in rows.run(arguments.parts or list(rows.PARTS), lambda text: print(text, flush=True)):
+    for row, seconds, left in rows.run(
+        arguments.parts or list(rows.PARTS), lambda text: print(text, flush=True)
+    ):
         made.append((row, seconds))
         print(f"{'ok    ' if row.good else 'MISSED'} {seconds:6.0f} s  {row.what}: {row.found}", flush=True)
         if row.details and (arguments.parts or not row.good):
             print(row.details)
         if not arguments.parts:
-            page.write(made)
+            page.write(made, left)
     return int(not all(row.good for row, _ in made))
 
 

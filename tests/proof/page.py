@@ -19,8 +19,8 @@ test that is named. The rule for errors and its terms are in [numerics.md](numer
 """
 
 
-def write(made: list[tuple[Row, float]]) -> None:
-    """Write the page."""
+def write(made: list[tuple[Row, float]], left: list[str]) -> None:
+    """Write the page; `left` are the parts that have not ended yet, and stay out if the run is stopped."""
     machine = describe("cpu")
     machine["commit"] = (machine["commit"] or "no commit")[:10]
     seconds = sum({row.command: took for row, took in made}.values())
@@ -29,6 +29,10 @@ def write(made: list[tuple[Row, float]]) -> None:
         state = "ok" if row.good else "**missed**"
         cells = row.what, row.figure, row.found, state, row.control, f"{took:.0f}", f"`{row.command}`"
         text += "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+    if left:
+        text += (
+            f"\nStopped before the end: {', '.join(left)} are missing; `python tests/proof PART` runs one.\n"
+        )
     for row, _ in made:
         if row.details.strip():
             text += f"\n## {row.what[0].upper()}{row.what[1:]}\n\n{row.details.strip()}\n"

@@ -304,18 +304,18 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
 }  # fmt: skip
 
 
-def run(names: list[str], say: Callable[[str], None]) -> Iterator[tuple[Row, float]]:
-    """The rows of these parts, with the seconds of each; one that breaks off does not end the others."""
-    for name in names:
+def run(names: list[str], say: Callable[[str], None]) -> Iterator[tuple[Row, float, list[str]]]:
+    """The rows of these parts, their seconds, what is left; one that breaks off does not end the others."""
+    for i, name in enumerate(names, 1):
         start = time.perf_counter()
         say(f"{name} ...")
         try:
             for row in PARTS[name]():
-                yield row, time.perf_counter() - start
+                yield row, time.perf_counter() - start, names[i:]
         except Exception as error:
             said = f"broke off: {type(error).__name__}: {error}".splitlines()[0]
             row = Row(name, "all of it", said, False, "none", f"python tests/proof {name}")
-            yield row, time.perf_counter() - start
+            yield row, time.perf_counter() - start, names[i:]
 
 
 def _list(items: list[str]) -> str:
