@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
 
-from llmkern import _cpu
+from llmkern import _cpu, ops
 from llmkern.diagnose import Workload, predict
 from llmkern.models import GPT, GPTConfig
+from llmkern.ops import memory
 
 pytestmark = pytest.mark.skipif(isinstance(_cpu.load(_cpu.best()), str), reason="no C++ kernels here")
 
@@ -63,3 +66,25 @@ def test_it_is_a_part_of_a_predicted_step():
     model = GPT(GPTConfig(64, 64, 1, 2, 64))
     parts = predict(Workload(model, torch.zeros(32, 64, dtype=torch.int64))).parts
     assert parts["scratch"] > 2 * 2048 * 256 * 4  # h and its gradient, a chunk of rows
+
+
+def test_a_thread_that_ends_holds_nothing():
+    held = []
+
+    def work():
+        ops.linear(torch.zeros(2048, 256), torch.zeros(1024, 256))
+        held.append(memory.scratch_bytes())
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the pool's threads do not end
+    try:
+        before = memory.scratch_bytes()
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(threads)
+    end = time.monotonic() + 5  # join returns before the system's thread has ended
+    while memory.scratch_bytes() != before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert held[0] > before == memory.scratch_bytes()
