@@ -3,6 +3,7 @@
 Every part is derived from hardware figures but one number, `EFFICIENCY`.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 from . import collectives, work
@@ -98,12 +99,14 @@ def predict(
     walls, comm = _stage(model, device, s, recipe, seq, rates, width)
     head = rates.walls(work.head(model, s, seq))
     stage = sum(walls.values()) + sum(comm.shown.values())
+    _exchange_ends(comm, model, device, s, seq, rates, width)
     memory = m * (walls["memory"] + head["memory"]) + rates.seconds(work.embedding(model, s, seq)) * m
     total = comm.scaled(m)
     parameters = local_parameters(model, s)
     updated = parameters / (s.shards if s.zero else 1)
     behind = s.overlap * (walls["compute"] + walls["memory"])
     _reduce(total, device, s, recipe, parameters, behind, width)
+    _sum_copies(total, model, device, s, recipe)
     return StepTime(
         m * (walls["compute"] + head["compute"]),
         memory + updated * recipe.update / rates.memory,
@@ -168,6 +171,52 @@ def _exchange_activations(comm, model, device, s, seq, layers, times, expert, wi
         in_node = max(1, device.node // s.tp)
         once = collectives.seconds(device, "all_to_all", size, s.ep, in_node)
         comm.add("EP", 4 * layers * once, 4 * layers * size * collectives.factor("all_to_all", s.ep))
+
+
+def _exchange_ends(comm, model, device, s, seq, rates, width) -> None:
+    """Of a vocabulary that tensor parallelism divides, for one micro-batch (arXiv:1909.08053, section 3).
+
+    The embedding's terms are summed, x goes to all parts of the head, and its gradient is summed; of each
+    token three float32 numbers make the loss: the largest logit, the sum of exponentials and the target's.
+    In a pipeline the last stage sends most of it: what the head needs.
+    """
+    if s.tp == 1:
+        return
+    tokens = local_tokens(s, seq)
+    size = width * tokens * model.width
+    once = collectives.seconds(device, "all_reduce", size, s.tp, device.node)
+    wire = size * collectives.factor("all_reduce", s.tp)
+    if s.pp == 1:
+        comm.add("TP embedding", once, wire)
+    # the gradient of x behind that of the head's weight: with SP it is half of what is exchanged
+    hidden = (0.5 if s.sp else 1) * (s.overlap_tp != "none")
+    weight = next(w for w in work.head(model, s, seq) if w.name == "head, weight")
+    comm.add("TP head", (1 - hidden) * once, (1 - hidden) * wire)
+    comm.add("TP head", hidden * once, hidden * wire, behind=rates.seconds(weight))
+    for numbers in (1, 2):
+        size = 4 * numbers * tokens
+        once = collectives.seconds(device, "all_reduce", size, s.tp, device.node)
+        comm.add("TP loss", once, size * collectives.factor("all_reduce", s.tp))
+
+
+def _sum_copies(comm, model, device, s, recipe) -> None:
+    """Gradients of parameters that several devices have whole, each those of its own tokens: once a step.
+
+    With sequence parallelism of norms and all else that TP does not divide (arXiv:2205.05198, section 4.2.2);
+    in a pipeline of an embedding that is the head, too, which both ends have.
+    """
+    shards = s.shards if s.zero == 3 else 1
+    if s.tp > 1 and s.sp:
+        mine, undivided = local_parameters(model, s), local_parameters(model, dataclasses.replace(s, tp=1))
+        whole = (s.tp * mine - undivided) / (s.tp - 1)  # mine = whole + divided / tp
+        size = recipe.gradient * whole / shards
+        once = collectives.seconds(device, "all_reduce", size, s.tp, device.node)
+        comm.add("TP gradients", once, size * collectives.factor("all_reduce", s.tp))
+    if s.pp > 1 and model.tied:
+        size = recipe.gradient * model.parameters()["embedding"] / s.tp / shards
+        in_node = 2 if s.devices <= device.node else 1
+        once = collectives.seconds(device, "all_reduce", size, 2, in_node)
+        comm.add("PP embedding", once, size * collectives.factor("all_reduce", 2))
 
 
 def _gather(comm, device, s, recipe, parameters, layers, times, width, again=True) -> None:

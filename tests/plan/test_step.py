@@ -109,7 +109,17 @@ def test_volumes():
     layers = gpt2.total - root
     assert volume(dp=8, zero=3)["FSDP"] == pytest.approx(2 * 7 / 8 * (6 * layers + 4 * root))
     tokens = 16 * 1024
-    assert volume(tp=4)["TP"] == pytest.approx(4 * 2 * 3 / 4 * 2 * tokens * gpt2.width * gpt2.layers)
+    once = 2 * 3 / 4 * 2 * tokens * gpt2.width  # an all-reduce of x; with SP a gather and a scatter
+    norms = (2 * 2 * 12 + 2) * gpt2.width + 1024 * gpt2.width + 12 * 2 * gpt2.width  # positions, biases
+    for sp in (False, True):
+        found = volume(tp=4, sp=sp)
+        assert found["TP"] == pytest.approx(4 * once * gpt2.layers)
+        assert found["TP embedding"] == found["TP head"] == pytest.approx(once)
+        assert found["TP loss"] == pytest.approx(2 * 3 / 4 * 3 * 4 * tokens)
+        assert found.get("TP gradients", 0) == pytest.approx(sp * 2 * 3 / 4 * 2 * norms)
+    ends = volume(tp=2, pp=2)
+    assert "TP embedding" not in ends and ends["TP head"] == pytest.approx(once * 4 / 3 / 2)
+    assert ends["PP embedding"] == pytest.approx(2 * 1 / 2 * 2 * 50257 * gpt2.width / 2)
 
 
 def test_what_slows_and_what_speeds():
