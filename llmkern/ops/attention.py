@@ -184,6 +184,7 @@ class ATTENTION(Op):
 
     name = "attention"
     family = "attention"
+    batched = ("query", "key", "value")
     lowers = True
     source = (
         "Vaswani et al. 2017, Attention Is All You Need, arXiv:1706.03762, eq. 1; "

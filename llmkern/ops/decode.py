@@ -210,6 +210,7 @@ class DECODE_ATTENTION(Op):
 
     name = "decode_attention"
     family = "decode"
+    batched = ("query", "k_cache", "v_cache", "cache_seqlens", "key", "value")
     source = (
         "Dao et al. 2023, Flash-Decoding for long-context inference; "
         "Kwon et al. 2023, PagedAttention, arXiv:2309.06180, sec. 4.1; "

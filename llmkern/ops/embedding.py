@@ -103,6 +103,7 @@ class EMBEDDING(Op):
 
     name = "embedding"
     family = "embedding"
+    batched = ("idx",)
     source = "Vaswani et al. 2017, Attention Is All You Need, arXiv:1706.03762, sec. 3.4 and 3.5"
     gradients = {"weight": 0, "position_weight": 1}
     public = staticmethod(embedding)

@@ -142,6 +142,7 @@ class FFN(Op):
 
     name = "ffn"
     family = "ffn"
+    batched = ("x",)
     lowers = True
     source = (
         "Vaswani et al. 2017, arXiv:1706.03762, eq. 2; "

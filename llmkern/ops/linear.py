@@ -57,6 +57,7 @@ class LINEAR(Op):
 
     name = "linear"
     family = "linear"
+    batched = ("input",)
     lowers = True
     source = "Goto, van de Geijn 2008, Anatomy of High-Performance Matrix Multiplication, TOMS 34(3), sec. 4"
     gradients = {"x": 0, "weight": 1, "bias": 2}

@@ -120,6 +120,7 @@ class Norm(Op):
     """What the two norms share: rows of x (N, D), an optional residual, weight (D,)."""
 
     family = "norm"
+    batched = ("x",)
     results = 2  # y and h
 
     @staticmethod

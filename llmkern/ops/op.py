@@ -136,6 +136,9 @@ class Op:
     An op without `gradients` has no backward half: of the above it needs reference, outputs, flops,
     public, eager, samples, benchmarks and draw.  One that `mutates` arguments writes to them in place;
     these have the same names in `public` and `eager`, and may be lists of tensors.
+
+    An op of inference makes a result of each row, or sequence, of its `batched` arguments.  The C++ kernels
+    promise it the same bits alone as among others, unless `varies` says what may change them.
     """
 
     name: str
@@ -147,6 +150,8 @@ class Op:
     gradients: dict[str, int] = {}  # forward argument -> index of its gradient among backward's outputs
     passes: dict[str, int] = {}  # forward argument -> index of the incoming gradient that is its own
     mutates: tuple[str, ...] = ()  # arguments that forward writes to
+    batched: tuple[str, ...] = ()  # arguments of `public` with a row, or sequence, for each result
+    varies: str = ""  # why a result's last bits may depend on the number of rows; empty: they do not
     lowers: bool = False  # computes in the autocast dtype, as torch's matrix products do
     fwd: Any  # torch.ops.llmkern.<name>_fwd.default, set by @register
     bwd: Any = None  # None without gradients

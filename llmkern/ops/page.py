@@ -35,7 +35,7 @@ def _section(op: Op) -> str:
 {op.public.__name__}{_signature(op)}
 ```
 
-{_properties(op)}
+{_properties(op)}{_invariance(op)}
 Source: {op.source}.
 """
 
@@ -61,12 +61,21 @@ def _signature(op: Op) -> str:
 
 def _properties(op: Op) -> str:
     if op.mutates:
-        return f"Writes in place to {', '.join(op.mutates)}; no gradient.\n"
+        return f"Writes in place to {', '.join(op.mutates)}; no gradient."
     if not op.gradients:
-        return "For inference: no gradient.\n"
+        return "For inference: no gradient."
     grads = ", ".join(op.gradients)
     lower = " In the autocast dtype under autocast." if op.lowers else ""
-    return f"Gradients of {grads}; double backward through the reference.{lower}\n"
+    return f"Gradients of {grads}; double backward through the reference.{lower}"
+
+
+def _invariance(op: Op) -> str:
+    """Whether results have the same bits alone as in a batch."""
+    if not op.batched:
+        return "\n"
+    if op.varies:
+        return f"\nAlone and in a batch the last bits of a result may differ: {op.varies}.\n"
+    return "\nOn the C++ kernels a result has the same bits alone as in a batch.\n"
 
 
 if __name__ == "__main__":

@@ -103,6 +103,11 @@ class QUANT_LINEAR(Op):
 
     name = "quant_linear"
     family = "quant"
+    batched = ("input",)
+    varies = (
+        "the number of rows chooses the formula: one row meets codes as whole numbers, a few meet decoded "
+        "weights in registers, many meet them rounded to the dtype of input"
+    )
     lowers = True
     source = (
         "Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, sec. 2.1; "

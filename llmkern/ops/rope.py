@@ -131,6 +131,7 @@ class Rope(Op):
     """What both ops share: their arguments, samples and cost."""
 
     family = "rope"
+    batched = ("query", "key")
     source = (
         "Su et al. 2021, RoFormer, arXiv:2104.09864, eq. 34 (interleaved); "
         "Black et al. 2022, GPT-NeoX-20B, arXiv:2204.06745, sec. 2.1.1 (partial)"

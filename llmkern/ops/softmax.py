@@ -53,6 +53,7 @@ class RowOp(Op):
     """What both share: rows of x (N, D), and y alone is saved."""
 
     family = "softmax"
+    batched = ("x",)
     gradients = {"x": 0}
 
     @staticmethod

@@ -1,6 +1,8 @@
 """Which results have the same bits from run to run, for any number of threads, and alone as in a batch.
 
-The words are those of cuDNN's determinism page: "supported", or "not supported".
+The words are those of cuDNN's determinism page: "supported", or "not supported".  Equal bits from run to
+run and for any number of threads are promised of every op; alone as in a batch, of the ops of inference that
+do not say why not (`Op.batched`, `Op.varies`).
 """
 
 from typing import NamedTuple
@@ -13,21 +15,6 @@ from llmkern.ops import OPS
 from llmkern.ops.op import Make, Op, Sample
 
 THREADS = (1, 2, 4)
-# the arguments of the ops of inference that have one row, or one sequence, for each result
-BATCHED = {
-    "attention": ("query", "key", "value"),
-    "decode_attention": ("query", "k_cache", "v_cache", "cache_seqlens", "key", "value"),
-    "embedding": ("idx",),
-    "ffn": ("x",),
-    "layer_norm": ("x",),
-    "linear": ("input",),
-    "log_softmax": ("x",),
-    "quant_linear": ("input",),
-    "rms_norm": ("x",),
-    "rope": ("query", "key"),
-    "softmax": ("x",),
-}
-NOT_INVARIANT = {"quant_linear": "one row of x meets codes of 4 bits as whole numbers, more rows as floats"}
 
 
 class Row(NamedTuple):
@@ -37,6 +24,12 @@ class Row(NamedTuple):
     runs: bool
     threads: bool
     batch: bool | None
+
+    @property
+    def good(self) -> bool:
+        """All that is promised of the op holds."""
+        promised = OPS[self.op].batched and not OPS[self.op].varies
+        return self.runs and self.threads and (self.batch is True or not promised)
 
 
 def row(op: Op, repeats: int, cases: int, backend: str = "cpp") -> Row:
@@ -75,12 +68,12 @@ def _sample(op: Op, seed: int) -> Sample:
 
 def _alone_as_in_batch(op: Op, cases: int, backend: str) -> bool | None:
     """The first row of a batch of rows, computed in it and alone."""
-    if op.name not in BATCHED:
+    if not op.batched:
         return None
     for seed in range(cases):
         make = Make((torch.float32, torch.bfloat16)[seed % 2], seed=seed)
         batch = _batch(op, make)
-        few = {name: t[:1].clone() if name in BATCHED[op.name] else t for name, t in batch.items()}
+        few = {name: t[:1].clone() if name in op.batched else t for name, t in batch.items()}
         whole, alone = (
             run(op, Sample("batch", (), {k: _copied(v) for k, v in call.items()}), backend=backend)
             for call in (batch, few)
@@ -95,17 +88,17 @@ def _copied(value: object) -> object:
 
 
 def _batch(op: Op, make: Make) -> dict:
-    """Ordinary arguments with 9 to 70 rows, or 3 sequences."""
-    rows, width = make.pick(9, 33, 70), make.pick(64, 96, 192)
+    """Ordinary arguments with 3 to 300 rows, or 3 sequences."""
+    rows, width = make.pick(3, 9, 33, 70, 300), make.pick(64, 96, 192, 800)
     if op.name == "attention":
-        q, k, v = (make(3, heads, 40, 32) for heads in (4, 2, 2))
+        length = make.pick(40, 500)
+        q, k, v = (make(3, heads, length, 32) for heads in (4, 2, 2))
         return {"query": q, "key": k, "value": v, "is_causal": True}
     if op.name == "decode_attention":
-        q, *rest = (
-            make(3, heads, length, 32) for heads, length in ((4, 1), (2, 90), (2, 90), (2, 1), (2, 1))
-        )
-        k_cache, v_cache, k, v = rest
-        lengths = torch.tensor((17, 60, 89), dtype=torch.int32)
+        longest = make.pick(90, 3000)
+        k_cache, v_cache = (make(3, 2, longest, 32) for _ in "kv")
+        q, k, v = (make(3, heads, 1, 32) for heads in (4, 2, 2))
+        lengths = torch.tensor((longest - 1, 60, 17), dtype=torch.int32)
         caches = {"k_cache": k_cache, "v_cache": v_cache, "cache_seqlens": lengths}
         return {"query": q, **caches, "key": k, "value": v}
     if op.name == "embedding":
@@ -120,7 +113,7 @@ def _batch(op: Op, make: Make) -> dict:
 
         qweight, scales, *_ = quantize(make(77, width), make.pick(4, 8), 32)
         return {"input": make(rows, width), "qweight": qweight, "scales": scales}
-    if op.name == "rope":
+    if op.family == "rope":
         from llmkern.ops.rope_table import rope_table
 
         cos, sin = rope_table(9, 32)
