@@ -79,6 +79,15 @@ template <int depth, int rows = kTileRows>
   }
 }
 
+// A second operand whose rows do not lie in memory: source(first, n, to) writes n of them to `to`, `stride`
+// elements apart.
+template <class Source>
+struct MadeRows {
+  const Source& source;
+  int64_t first, rows, cols, stride;
+  MadeRows some_rows(int64_t at, int64_t count) const { return {source, first + at, count, cols, stride}; }
+};
+
 // The second operand in panels, (ceil(N / kTileCols), units of K, kTileCols).
 template <class T>
 class Packed {
@@ -94,16 +103,18 @@ class Packed {
       Packing<kTileCols, T>(m, i * kTileCols, 0, depth).run(1, buffer_.as<float>() + i * size());
     });
   }
-  // Rows that do not lie in memory: source(first, n, to) writes n of them to `to`, `stride` elements apart.
   template <class Source>
-  Packed(int64_t rows, int64_t depth, int64_t stride, const Source& source)
-      : rows(rows), depth(depth), units_(ceil_div(depth, Units<T>::depth)), buffer_(panels() * size() * sizeof(float)) {
+  explicit Packed(const MadeRows<Source>& m)
+      : rows(m.rows),
+        depth(m.cols),
+        units_(ceil_div(depth, Units<T>::depth)),
+        buffer_(panels() * size() * sizeof(float)) {
     parallel_for(panels(), false, [&](int64_t i) {
-      const int64_t first = i * kTileCols, n = std::min<int64_t>(kTileCols, rows - first);
-      const Buffer part(n * stride * sizeof(T));
-      source(first, n, part.as<T>());
-      const Matrix<const T> m(part.as<T>(), n, depth, stride, 1);
-      Packing<kTileCols, T>(m, 0, 0, depth).run(1, buffer_.as<float>() + i * size());
+      const int64_t at = i * kTileCols, n = std::min<int64_t>(kTileCols, rows - at);
+      const Buffer part(n * m.stride * sizeof(T));
+      m.source(m.first + at, n, part.as<T>());
+      const Matrix<const T> made(part.as<T>(), n, depth, m.stride, 1);
+      Packing<kTileCols, T>(made, 0, 0, depth).run(1, buffer_.as<float>() + i * size());
     });
   }
   int64_t panels() const { return ceil_div(rows, kTileCols); }
@@ -230,8 +241,8 @@ void multiply(const Matrix<const T>& a, const Packed<T>& b, const Epilogue& epil
 }
 
 // Rows of A times columns of B that this thread packs for itself.
-template <class T>
-void multiply_alone(const Matrix<const T>& a, const Matrix<const T>& b, Range rows, Range cols, const Finish& finish) {
+template <class T, class Right>
+void multiply_alone(const Matrix<const T>& a, const Right& b, Range rows, Range cols, const Finish& finish) {
   const int64_t first = cols.begin * kTileCols, count = std::min(cols.end * kTileCols, b.rows) - first;
   const Packed<T> own(b.some_rows(first, count));
   const Finish part = finish.columns(first, count);
@@ -244,8 +255,8 @@ void multiply_alone(const Matrix<const T>& a, const Matrix<const T>& b, Range ro
 // core has in its cache, too, takes up to 28 ns, whatever is fetched ahead, and half of a shared panel's lines are
 // such ones.  Threads that part the rows each pack all of B, if it is small, those that part the columns all of A:
 // 5 % of the work where each has kRowsApart or kColsApart of them.  False, and nothing done, where there are fewer.
-template <class T>
-bool multiply_apart(const Matrix<const T>& a, const Matrix<const T>& b, const Finish& finish) {
+template <class T, class Right>
+bool multiply_apart(const Matrix<const T>& a, const Right& b, const Finish& finish) {
   const int64_t row_panels = ceil_div(a.rows, kTileRows), col_panels = ceil_div(b.rows, kTileCols);
   const int64_t workers = threads(), bytes = b.rows * ceil_div(b.cols, Units<T>::depth) * 4;
   const bool by_rows = a.rows >= kRowsApart * workers && bytes <= kPackedApart;
@@ -295,18 +306,24 @@ void multiply_few(const Matrix<const T>& a, const Matrix<const T>& b, const Fini
   });
 }
 
-// The same for a second operand that is used once: packed in parts that stay in the shared cache.
+// The same for a second operand that is used once, a matrix or MadeRows: packed in parts that stay in the shared
+// cache.
+template <class T, class Right, class Epilogue>
+void multiply_in_parts(const Matrix<const T>& a, const Right& b, const Epilogue& epilogue, const TouchedList& touched) {
+  const int64_t bytes = std::max<int64_t>(1, b.cols) * kTileCols * 4 / Units<T>::depth;
+  const int64_t rows = std::max<int64_t>(1, kPackedBytes / bytes) * kTileCols;
+  for (int64_t first = 0; first < b.rows; first += rows) {
+    const Right part = b.some_rows(first, std::min(rows, b.rows - first));
+    if (!multiply_apart(a, part, Finish(epilogue, touched, a.rows, first, part.rows)))
+      multiply(a, Packed<T>(part), epilogue, touched, first);
+  }
+}
+
 template <class T, class Epilogue>
 void multiply(const Matrix<const T>& a, const Matrix<const T>& b, const Epilogue& epilogue,
               const TouchedList& touched = {}) {
   if (a.rows <= kTileRows) return multiply_few(a, b, Finish(epilogue, touched, a.rows, 0, b.rows));
-  const int64_t bytes = std::max<int64_t>(1, b.cols) * kTileCols * 4 / Units<T>::depth;
-  const int64_t rows = std::max<int64_t>(1, kPackedBytes / bytes) * kTileCols;
-  for (int64_t first = 0; first < b.rows; first += rows) {
-    const auto part = b.some_rows(first, std::min(rows, b.rows - first));
-    if (!multiply_apart(a, part, Finish(epilogue, touched, a.rows, first, part.rows)))
-      multiply(a, Packed<T>(part), epilogue, touched, first);
-  }
+  multiply_in_parts(a, b, epilogue, touched);
 }
 
 }  // namespace llmkern

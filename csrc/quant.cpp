@@ -296,12 +296,9 @@ void quant_linear_fwd(Tensor x, Tensor qweight, Tensor scales, Tensor mins, Tens
         const Buffer wide = quant::widened(rows, weight.width());
         return quant::multiply_few<Decoder>(wide.as<float>(), rows.rows, weight, result);
       }
-      quant::for_parts(weight, [&](int64_t first, int64_t n) {
-        const Packed<T> part(n, weight.depth, weight.width(), [&](int64_t row, int64_t count, T* to) {
-          quant::decode<Decoder>(weight, first + row, count, to);
-        });
-        multiply(rows, part, result, {Touched(out.data, out.row_stride)}, first);
-      });
+      const auto decoded = [&](int64_t first, int64_t n, T* to) { quant::decode<Decoder>(weight, first, n, to); };
+      const MadeRows<decltype(decoded)> made{decoded, 0, weight.rows, weight.depth, weight.width()};
+      multiply_in_parts(rows, made, result, {Touched(out.data, out.row_stride)});
     });
   });
 }
