@@ -208,6 +208,12 @@ struct Block {
   }
 };
 
+// e^(score - base), as a unit of T holds it.
+template <class T>
+Vec probability(Vec score, Vec base) {
+  return Units<T>::depth == 2 ? softmax_exp_short(score, base) : softmax_exp(score - base);
+}
+
 // sums = A B for kTileRows rows and `vecs` vectors; unit u of row i of A is a[i * Row + u * step].
 template <int depth, int vecs, int Row, class Finish>
 inline void tile(const float* a, int64_t step, const float* b, int units, const Finish& finish) {

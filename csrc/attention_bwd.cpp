@@ -192,7 +192,7 @@ class Chunk {
     alignas(64) float kept[2][kKeys];
     if constexpr (bent)
       for (int r = 0; r < 1 + two; ++r) kept_of(block, h, i + r, kept[r]);
-    const auto probability = [&](int r, int j) { return softmax_exp(load(p0 + r * kPitch + j) - lse[r]); };
+    const auto p_of = [&](int r, int j) { return probability<T>(load(p0 + r * kPitch + j), set(lse[r])); };
     const auto score_gradient = [&](int r, int j, Vec p) {
       const Vec dp = load(ds0 + r * kPitch + j);
       if constexpr (bent) {
@@ -202,7 +202,7 @@ class Chunk {
       return p * (dp - delta[r]);
     };
     for (int j = 0; j < block.part_of(i); j += W) {
-      Vec p_a = probability(0, j), p_b = two ? probability(1, j) : Vec{};
+      Vec p_a = p_of(0, j), p_b = two ? p_of(1, j) : Vec{};
       const Vec ds_a = score_gradient(0, j, p_a), ds_b = two ? score_gradient(1, j, p_b) : Vec{};
       if constexpr (bent) {
         p_a *= load(kept[0] + j);

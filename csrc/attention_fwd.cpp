@@ -89,8 +89,8 @@ class Queries {
     const Vec base = set(base_[i]);
     Vec total[2] = {load(sums_ + i * W) * keep_[i], Vec{}};
     for (int j = 0; j < keys; j += 2 * W) {
-      Vec a = softmax_exp(load(row + j) - base);
-      Vec b = j + W < keys ? softmax_exp(load(row + j + W) - base) : Vec{};
+      Vec a = probability<T>(load(row + j), base);
+      Vec b = j + W < keys ? probability<T>(load(row + j + W), base) : Vec{};
       total[0] += a;
       total[1] += b;
       if (p_.dropout) {

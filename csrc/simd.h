@@ -357,23 +357,27 @@ inline Vec exp(Vec x) {
   return scale_by_power(p, n);
 }
 
-// 2^t for t ≤ 127 or NaN: t = n + r, 2^r fitted on [-1/2, 1/2] for least maximum error (2e-9).
-inline Vec exp2(Vec t) {
+// 2^t for t ≤ 127 or NaN: t = n + r, 2^r by a polynomial from the highest power down to r, and 1.
+template <size_t degree>
+Vec exp2(Vec t, const float (&powers)[degree]) {
   t = max(set(-151.0f), t);
   const Vec n = round_to_int(t), r = t - n;
-  Vec p = set(1.53533618e-4f);
-  p = fma(p, r, set(1.33988744e-3f));
-  p = fma(p, r, set(9.61843736e-3f));
-  p = fma(p, r, set(5.55033247e-2f));
-  p = fma(p, r, set(0.240226479f));
-  p = fma(p, r, set(0.693147203f));
+  Vec p = set(powers[0]);
+#pragma GCC unroll 8
+  for (size_t i = 1; i < degree; ++i) p = fma(p, r, set(powers[i]));
   return scale_by_power(fma(p, r, set(1.0f)), n);
 }
+// Fitted on [-1/2, 1/2] for least maximum error: 2e-9, and 3e-6 for what is rounded to bfloat16.
+constexpr float kExp2[] = {1.53533618e-4f, 1.33988744e-3f, 9.61843736e-3f, 5.55033247e-2f, 0.240226479f, 0.693147203f};
+constexpr float kExp2Short[] = {9.582853e-3f, 5.5906426e-2f, 0.24024099f, 0.6931242f};
+inline Vec exp2(Vec t) { return exp2(t, kExp2); }
 
 constexpr float kLog2E = 1.44269504088896f;
 
 // e^x for a softmax, x ≤ 0 or NaN.  Relative error 2^-24 (2 + |x|): that of x, a rounded score.
 inline Vec softmax_exp(Vec x) { return exp2(x * kLog2E); }
+// e^(x - base) to 3e-6 and 2^-24 |base|, for what is rounded to bfloat16.
+inline Vec softmax_exp_short(Vec x, Vec base) { return exp2(fma(x, set(kLog2E), base * -kLog2E), kExp2Short); }
 
 // 1 / x for 2^-126 ≤ x ≤ 2^126, or NaN.
 inline Vec reciprocal(Vec x) {
