@@ -22,9 +22,9 @@ from llmkern.ops.dispatch import tensors
 from llmkern.ops.op import Make, Op, Sample
 
 from . import step
-from .measure import Call, Clock, Settings, interleave, peak_bytes, ratio
+from .measure import Call, Clock, Settings, interleave, ratio
 from .peers import calls, examine
-from .suite import Case, run_case
+from .suite import Case, Row, run_case
 
 PEERS = ["llmkern", "eager", "compile"]
 SETTINGS = Settings(rounds=5, seconds=0.02, budget=1.0)
@@ -133,21 +133,22 @@ def op_verdicts(group: str, clock: Clock, found: Ceilings) -> Iterator[Verdict]:
                 group, f"{op.name} {sample.label}", dtype_name(target.dtype), target.half, ours.median_s,
                 {peer: (row.median_s, row.speedup) for peer, row in rows.items() if row.speedup is not None},
                 target.ratio, ours.ceiling, target.ceiling,
-                memory_fraction(op, sample, target.half) if target.memory else None, target.memory,
+                memory_fraction(case, ours, rows["eager"]) if target.memory else None, target.memory,
             )  # fmt: skip
 
 
-def memory_fraction(op: Op, sample: Sample, half: str) -> float | None:
+def memory_fraction(case: Case, ours: Row, eager: Row) -> float | None:
     """Peak memory beside inputs and results: for attention of its scores, else of eager torch's."""
-    made = calls(op, sample, half, ["llmkern", "eager"])
-    results = sum(t.nbytes for t in tensors(made["llmkern"]()))
-    ours = peak_bytes(made["llmkern"], "cpu")
-    if op.name == "attention":
-        query, key = sample.args[:2]
+    if ours.peak_bytes is None or eager.peak_bytes is None:
+        return None
+    call = calls(case.op, case.sample, case.half, ["llmkern"])["llmkern"]
+    results = sum(t.nbytes for t in tensors(call()))
+    if case.op.name == "attention":
+        query, key = case.sample.args[:2]
         whole = 4 * math.prod(query.shape[:3]) * key.shape[2]
     else:
-        whole = max(0, (peak_bytes(made["eager"], "cpu") or 0) - results)
-    return max(0, ours - results) / whole if ours is not None and whole else None
+        whole = max(0, eager.peak_bytes - results)
+    return max(0, ours.peak_bytes - results) / whole if whole else None
 
 
 def gemv_verdicts(group: str, clock: Clock, found: Ceilings) -> Iterator[Verdict]:

@@ -10,6 +10,7 @@ import torch
 Call = Callable[[], Any]
 L2_BYTES = 256 * 2**20  # written between calls to empty a GPU's L2 cache; larger than any
 MAX_CALLS = 1000  # in one measurement, however short the call
+LONG = 20  # times the length of a measurement: a first call of so many is no short one that was still cold
 
 
 class Clock:
@@ -47,7 +48,9 @@ class Clock:
         return sum(begin.elapsed_time(end) for begin, end in spans) * 1e-3 / calls
 
     def calls_for(self, call: Call, seconds: float) -> int:
-        """How many calls take `seconds`; warms up on the way."""
-        self(call, 2)
+        """How many calls take `seconds`; warms up on the way, a call that is far longer only once."""
+        if self(call) > LONG * seconds:
+            return 1
+        self(call)
         once = min(self(call), self(call))
         return min(MAX_CALLS, max(1, math.ceil(seconds / max(once, 1e-9))))
