@@ -9,10 +9,10 @@
 
 namespace llmkern::loss_of_linear {
 
-// Rows of a chunk: at most an eighth of all, so that their logits stay small beside what the op saves, and at
+// Rows of a chunk: at most a quarter of all, so that their logits stay small beside what the op saves, and at
 // most 512, 98 MiB for 50,257 classes.
 inline int64_t early_rows(int64_t count) {
-  return std::min<int64_t>(count, std::min<int64_t>(512, std::max<int64_t>(64, ceil_div(count, 8))));
+  return std::min<int64_t>(count, std::min<int64_t>(512, std::max<int64_t>(64, ceil_div(count, 4))));
 }
 
 // A gradient that chunks of rows add to: what is not float yet lies in two halves.
@@ -21,7 +21,10 @@ class SplitSum {
  public:
   SplitSum(T* out, int64_t count) : out_(out), low_(!is_float && out ? count * sizeof(uint16_t) : 0) {}
   explicit operator bool() const { return out_; }
-  T* data() const { return out_; }
+  // What `add` reads and writes, from element i on, in rows of `width`.
+  TouchedList touched(int64_t i, int64_t width) const {
+    return {Touched(out_ + i, width), is_float ? Touched() : Touched(low_.as<uint16_t>() + i, width)};
+  }
   void add(int64_t i, Vec v, int n, bool first, bool last) const {
     if (!first) v += sum_so_far(i, n);
     if (last || is_float) return store(out_ + i, v, n);
@@ -115,7 +118,7 @@ class Early {
         head_sum_.add((col + i) * dim_ + j, v, n, first_chunk, last_chunk);
       };
       if (head_sum_)
-        multiply(Matrix<const T>(dz.t()), packed_x, to_head, {Touched(head_sum_.data() + col * dim_, dim_)});
+        multiply(Matrix<const T>(dz.t()), packed_x, to_head, head_sum_.touched(col * dim_, dim_));
       add_columns(dz, col, bias_sum_, first_chunk, last_chunk);
     });
   }

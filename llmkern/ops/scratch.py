@@ -25,4 +25,4 @@ def product(n: int, m: int, k: int) -> int:
 
 def early_rows(count: int) -> int:
     """Rows whose logits linear_cross_entropy holds at once where forward makes the gradients."""
-    return min(count, min(512, max(64, -(-count // 8))))
+    return min(count, min(512, max(64, -(-count // 4))))
