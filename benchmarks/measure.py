@@ -72,7 +72,14 @@ def peak_bytes(call: Call, device: str) -> int | None:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    return min(filter(None, (resident_rise(call) for _ in range(3))), default=None)
+    rises: list[int] = []
+    for _ in range(3):
+        rise = resident_rise(call)
+        if rise:
+            rises.append(rise)
+        if len(rises) == 2 and max(rises) <= 1.01 * min(rises):
+            break
+    return min(rises, default=None)
 
 
 def resident_rise(call: Call) -> int | None:

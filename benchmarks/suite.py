@@ -1,7 +1,7 @@
 """Every case of every op, measured: one row for each peer."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from statistics import median
@@ -76,9 +76,15 @@ def cases(
 
 
 def run_case(
-    case: Case, device: str, names: list[str], clock: Clock, ceilings: Ceilings, settings: Settings
+    case: Case,
+    device: str,
+    names: list[str],
+    clock: Clock,
+    ceilings: Ceilings,
+    settings: Settings,
+    memory_of: Collection[str] | None = None,
 ) -> list[Row]:
-    """Measure one case: a row for each peer."""
+    """Measure one case: a row for each peer, with the memory of those in `memory_of`, by default of all."""
     torch.compiler.reset()  # else the eighth shape of an op would silently run uncompiled
     gc.collect()
     bound, choices = peers.examine(case.op, case.sample, case.half, ceilings)
@@ -93,7 +99,8 @@ def run_case(
     times = interleave(clock, ready, settings) if ready else {}
     for name, values in times.items():
         _fill(rows[name], values, times.get("llmkern"), bound)
-        rows[name].peak_bytes = peak_bytes(ready[name], device)
+        if memory_of is None or name in memory_of:
+            rows[name].peak_bytes = peak_bytes(ready[name], device)
     return list(rows.values())
 
 

@@ -79,6 +79,10 @@ TARGETS = {  # group -> its targets
         for shape in ("768x50304", "8192x2048")
     ],
 }
+MEMORY_OF = {
+    "attention": ("llmkern",),
+    "linear_cross_entropy": ("llmkern", "eager"),
+}  # who is measured for it
 COLD = 2**28  # bytes of weights, larger than any cache
 SCALING = 1.85  # from one thread to two
 SCALED = ("linear", "ffn", "attention", "layer_norm")  # their first benchmark samples
@@ -127,7 +131,9 @@ def op_verdicts(group: str, clock: Clock, found: Ceilings) -> Iterator[Verdict]:
             if not sample.label.startswith(target.label):
                 continue
             case = Case(op, sample, target.dtype, target.half)
-            rows = {row.peer: row for row in run_case(case, "cpu", PEERS, clock, found, SETTINGS)}
+            asked = MEMORY_OF.get(target.op, ()) if target.memory else ()
+            measured = run_case(case, "cpu", PEERS, clock, found, SETTINGS, asked)
+            rows = {row.peer: row for row in measured}
             ours = rows.pop("llmkern")
             yield Verdict(
                 group, f"{op.name} {sample.label}", dtype_name(target.dtype), target.half, ours.median_s,
@@ -139,7 +145,7 @@ def op_verdicts(group: str, clock: Clock, found: Ceilings) -> Iterator[Verdict]:
 
 def memory_fraction(case: Case, ours: Row, eager: Row) -> float | None:
     """Peak memory beside inputs and results: for attention of its scores, else of eager torch's."""
-    if ours.peak_bytes is None or eager.peak_bytes is None:
+    if ours.peak_bytes is None:
         return None
     call = calls(case.op, case.sample, case.half, ["llmkern"])["llmkern"]
     results = sum(t.nbytes for t in tensors(call()))
@@ -147,7 +153,7 @@ def memory_fraction(case: Case, ours: Row, eager: Row) -> float | None:
         query, key = case.sample.args[:2]
         whole = 4 * math.prod(query.shape[:3]) * key.shape[2]
     else:
-        whole = max(0, eager.peak_bytes - results)
+        whole = max(0, (eager.peak_bytes or 0) - results)
     return max(0, ours.peak_bytes - results) / whole if whole else None
 
 
@@ -247,3 +253,4 @@ GROUPS: dict[str, Callable[[str, Clock, Ceilings], Iterator[Verdict]]] = {
     "scaling": scaling_verdicts,
     **dict.fromkeys(STEPS, step_verdicts),
 }
+ROOFED = {*TARGETS, "adamw"}  # groups whose lines are compared with the ceilings

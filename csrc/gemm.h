@@ -266,7 +266,8 @@ bool multiply_apart(const Matrix<const T>& a, const Right& b, const Finish& fini
       multiply_alone(a, b, share_of(row_panels, task, workers), {0, col_panels}, finish);
     });
   } else if (by_cols) {
-    const int64_t wide = part_size(col_panels, kColPanels, workers);
+    const int64_t each = ceil_div(col_panels, workers * kColPanels);  // tasks of a thread
+    const int64_t wide = ceil_div(col_panels, workers * each);
     parallel_for(ceil_div(col_panels, wide), true, [&](int64_t task) {
       const Range cols{task * wide, std::min((task + 1) * wide, col_panels)};
       multiply_alone(a, b, {0, row_panels}, cols, finish);

@@ -10,7 +10,7 @@ import torch
 Call = Callable[[], Any]
 L2_BYTES = 256 * 2**20  # written between calls to empty a GPU's L2 cache; larger than any
 MAX_CALLS = 1000  # in one measurement, however short the call
-LONG = 20  # times the length of a measurement: a first call of so many is no short one that was still cold
+LONG = 5  # times the length of a measurement: a first call of so many is no short one that was still cold
 
 
 class Clock:
