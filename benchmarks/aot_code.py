@@ -7,6 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,15 +50,21 @@ def read(kernel: Any) -> Code:
     return _nvidia(kernel) if "cubin" in kernel.asm else _amd(kernel)
 
 
-def sass(kernel: Any, *options: str) -> str:
-    """The machine code of an NVIDIA kernel, with what cuobjdump's other options print."""
+def sass(kernel: Any) -> str:
+    """The machine code of an NVIDIA kernel, and what it uses."""
+    return _sass_of(kernel.asm["cubin"])
+
+
+@lru_cache(maxsize=64)
+def _sass_of(cubin: bytes) -> str:
+    """Kept, since cuobjdump takes as long as a compilation, and ops share kernels."""
     import triton.backends.nvidia
 
     tool = Path(triton.backends.nvidia.__file__).parent / "bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        command = [str(tool), "-sass", *options, file.name]
+        command = [str(tool), "-sass", "-res-usage", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -84,7 +91,7 @@ def opcodes(text: str) -> list[str]:
 
 
 def _nvidia(kernel: Any) -> Code:
-    text = sass(kernel, "-res-usage")
+    text = sass(kernel)
     found = opcodes(text)
     tensor = TENSOR_CORE.search(kernel.asm["ptx"])
     return Code(

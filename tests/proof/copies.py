@@ -22,7 +22,7 @@ class Copy:
         flags: more options for the C++ compiler.
     """
 
-    def __init__(self, flags: str = "-O1") -> None:
+    def __init__(self, flags: str = "-O0") -> None:
         self.flags = flags
 
     def __enter__(self) -> "Copy":

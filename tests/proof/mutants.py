@@ -4,6 +4,7 @@
 there for one instruction set, and the tests that guard the line are run until the first failure.
 """
 
+import itertools
 import json
 import queue
 import shlex
@@ -11,7 +12,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,24 +121,31 @@ class Judge(Copy):
 
 
 def judge_all(chosen: list[Mutant]) -> Iterator[Verdict]:
-    """A verdict on each as it is known; those of C++ beside the others, in a copy of their own."""
+    """A verdict on each as it is known, from two judges with a copy each: one has those of C++ first."""
     found: queue.Queue[Verdict | Exception] = queue.Queue()
+    in_order = sorted(chosen, key=lambda m: m.file)  # a file is compiled fewer times
+    compiled, others = (deque(m for m in in_order if m.compiled == kind) for kind in (True, False))
 
-    def work(waiting: list[Mutant]) -> None:
+    def work(*kinds: deque[Mutant]) -> None:
         try:
             with Judge() as judge:
-                if waiting[0].compiled:
-                    judge.compile()
-                for mutant in sorted(waiting, key=lambda m: m.file):  # a file is compiled fewer times
+                for mutant in itertools.chain(*map(_taken, kinds)):
                     found.put(judge.judge(mutant))
         except Exception as error:
             found.put(error)
 
-    for kind in [m for m in chosen if m.compiled], [m for m in chosen if not m.compiled]:
-        if kind:
-            threading.Thread(target=work, args=(kind,), daemon=True).start()
+    for kinds in (compiled, others), (others,):
+        if any(kinds):
+            threading.Thread(target=work, args=kinds, daemon=True).start()
     for _ in chosen:
         verdict = found.get()
         if isinstance(verdict, Exception):
             raise verdict
         yield verdict
+
+
+def _taken(waiting: deque[Mutant]) -> Iterator[Mutant]:
+    """One after the other, while somebody else takes of them too."""
+    with suppress(IndexError):
+        while True:
+            yield waiting.popleft()

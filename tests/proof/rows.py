@@ -203,21 +203,19 @@ def trained() -> Iterator[Row]:
     except UserError as error:
         yield Row(what, figure, f"not run: {error}", False, "none", command)
         return
-    jobs = [(text, seed, STEPS) for seed in SEEDS]
-    *pairs, control = training.train_all([*jobs, (text, 0, training.EARLY, 1.0)])
+    pairs, control = training.train_all(text, SEEDS, STEPS)
     table = [
         "| seed | largest difference to step 50 | plain | swapped | final difference |",
         "|---|---|---|---|---|",
     ]
     table += [
-        f"| {p.seed} | {p.early:.1e} | {p.plain:.4f} | {p.swapped:.4f} | {p.swapped / p.plain - 1:+.2%} |"
+        f"| {p.seed} | {p.early:.1e} | {p.plain.last:.4f} | {p.swapped.last:.4f} | {p.final:+.2%} |"
         for p in pairs
     ]
     yield Row(
         what, figure,
-        f"within {max(p.early for p in pairs):.1e}, and "
-        f"{max(abs(p.swapped / p.plain - 1) for p in pairs):.2%}",
-        all(p.good for p in pairs) and not control.good,
+        f"within {max(p.early for p in pairs):.1e}, and {max(abs(p.final) for p in pairs):.2%}",
+        all(p.good for p in pairs) and control.early > training.LARGEST,
         f"one weight of 8,320 changed by 1: {control.early:.1e}", command, "\n".join(table),
     )  # fmt: skip
 
@@ -241,22 +239,22 @@ def binaries() -> Iterator[Row]:
 
 
 def tested(
-    what: str, figure: str, control: str, *arguments: str, processes: int = PROCESSES
+    what: str, figure: str, control: str, *arguments: str, processes: int = PROCESSES, **environment: str
 ) -> Callable[[], Iterator[Row]]:
     """A part that is a selection of tests."""
 
     def part() -> Iterator[Row]:
-        passed, last = run_tests(*arguments, processes=processes)
+        passed, last = run_tests(*arguments, processes=processes, **environment)
         command = "pytest " + " ".join(f"'{a}'" if " " in a else a for a in arguments)
         yield Row(what, figure, last, passed, control, command)
 
     return part
 
 
-def run_tests(*arguments: str, processes: int = PROCESSES) -> tuple[bool, str]:
+def run_tests(*arguments: str, processes: int = PROCESSES, **environment: str) -> tuple[bool, str]:
     """Whether these tests pass, and pytest's last line."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", str(processes), "--dist", "worksteal", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines() or ["no output"]
     return done.returncode == 0, re.sub(r"=+ ?| in [\d.]+s.*", "", lines[-1])
 
@@ -280,13 +278,14 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
         "each kernel that takes strides, C++ and Triton; each C++ kernel that takes rows; 2²⁰ tokens",
         "an index of 32 bits (seeded bug)",
         "tests/ops/test_far.py", "-m", "slow or not slow", processes=1,
+        THP_MEM_ALLOC_ENABLE="1",  # torch asks for large pages, of which the system clears more in a second
     ),
     "sanitized": sanitized,
     "deterministic": deterministic,
     "contracts": tested(
         "opcheck, gradcheck, double backward, inputs unchanged bit for bit, torch.compile equal to eager",
         "every op", "test_the_rule_can_fail", "tests/ops/test_contract.py", "tests/ops/test_numbers.py",
-        "-k", "not generic and not avx2",
+        "-k", "not generic and not avx2 and not error_rule",  # which random calls are held to
     ),
     "binaries": binaries,
     "kills": tested(

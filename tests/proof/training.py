@@ -5,6 +5,7 @@ and how far is the figure.
 """
 
 import multiprocessing
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -19,52 +20,69 @@ EARLY = 50  # steps up to which losses must agree
 LARGEST, FINAL = 1e-4, 0.01
 
 
-class Pair(NamedTuple):
-    """One seed.
+class Course(NamedTuple):
+    """One training.
 
     Attributes:
-        early: largest difference of the losses up to step `EARLY`.
-        plain, swapped: validation losses at the end.
+        early: losses up to step `EARLY`.
+        last: the validation loss at the end.
     """
 
+    early: list[float]
+    last: float
+
+
+class Pair(NamedTuple):
+    """Of one seed, or of a control."""
+
     seed: int
-    early: float
-    plain: float
-    swapped: float
+    plain: Course
+    swapped: Course
+
+    @property
+    def early(self) -> float:
+        """The largest difference of the losses up to step `EARLY`."""
+        return max(abs(a - b) for a, b in zip(self.plain.early, self.swapped.early, strict=True))
+
+    @property
+    def final(self) -> float:
+        """The relative difference of the last losses."""
+        return self.swapped.last / self.plain.last - 1
 
     @property
     def good(self) -> bool:
-        return self.early <= LARGEST and abs(self.swapped / self.plain - 1) <= FINAL
+        return self.early <= LARGEST and abs(self.final) <= FINAL
 
 
-def train(text: str, seed: int, steps: int, spoil: float = 0.0) -> Pair:
-    """Train both on `text` for `steps`; `spoil` is added to a weight of the swapped one, as a control."""
+def train(text: str, seed: int, steps: int, swap: bool, spoil: float | None = None) -> Course:
+    """Train on `text`; with `spoil`, which is added to a weight as a control, only up to `EARLY`."""
     tokenizer = CharTokenizer(text)
     tokens, held_out = split(tokenizer.encode(text))
     shape = GPTConfig(len(tokenizer), **SHAPE)
     torch.manual_seed(seed)
-    plain = GPT(shape, kernels=False)
-    swapped = GPT(shape, kernels=False)
-    swapped.load_state_dict(plain.state_dict())
-    llmkern.swap_(swapped)
-    with torch.no_grad():
-        swapped.transformer.wte.weight.view(-1)[0] += spoil
-    config = TrainConfig(steps, learning_rate=1e-3, warmup_steps=20)
-    batches = Batches(tokens, 12, shape.block_size, seed)
-    made = torch.optim.AdamW(plain.parameters(), 1e-3, betas=(0.9, 0.95))
-    ours = llmkern.optim.AdamW(swapped.parameters(), 1e-3, betas=(0.9, 0.95))
-    trainers = Trainer(plain, batches, config, made), Trainer(swapped, batches, config, ours)
-    early = 0.0
-    for a, b in zip(*trainers):
-        if a.step < EARLY:
-            early = max(early, abs(a.loss - b.loss))
-    checks = Batches(held_out, 12, shape.block_size, 0)
-    return Pair(seed, early, evaluate(plain, checks, 20), evaluate(swapped, checks, 20))
+    model = GPT(shape, kernels=False)
+    if swap:
+        llmkern.swap_(model)
+    if spoil is not None:
+        with torch.no_grad():
+            model.transformer.wte.weight.view(-1)[0] += spoil
+    make = llmkern.optim.AdamW if swap else torch.optim.AdamW
+    trainer = Trainer(
+        model, Batches(tokens, 12, shape.block_size, seed),
+        TrainConfig(steps, learning_rate=1e-3, warmup_steps=20),
+        make(model.parameters(), 1e-3, betas=(0.9, 0.95)),
+    )  # fmt: skip
+    records = islice(trainer, None if spoil is None else EARLY)
+    early = [record.loss for record in records if record.step < EARLY]
+    return Course(early, evaluate(model, Batches(held_out, 12, shape.block_size, 0), 20))
 
 
-def train_all(jobs: list[tuple]) -> list[Pair]:
-    """`train` with each of these arguments, shared out over two processes of one thread."""
+def train_all(text: str, seeds: tuple[int, ...], steps: int) -> tuple[list[Pair], Pair]:
+    """A pair for each seed, and the control, shared out over two processes of one thread."""
+    jobs = [(text, seed, steps, swap) for swap in (False, True) for seed in seeds]
     with multiprocessing.get_context("fork").Pool(
         2, initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        return pool.starmap(train, jobs, chunksize=1)
+        *courses, spoiled = pool.starmap(train, [*jobs, (text, seeds[0], steps, True, 1.0)], chunksize=1)
+    plain, swapped = courses[: len(seeds)], courses[len(seeds) :]
+    return [Pair(*each) for each in zip(seeds, plain, swapped)], Pair(seeds[0], plain[0], spoiled)

@@ -12,6 +12,8 @@ from small_run import call, config, outcome, start, train, wait
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 
+PARTS = 4  # of a test, for several processes of pytest
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():
@@ -57,10 +59,11 @@ def test_killed_at_some_writes(data, tmp_path, unbroken):
 
 
 @pytest.mark.slow
-def test_killed_at_every_write(data, tmp_path, unbroken):
+@pytest.mark.parametrize("part", range(PARTS))
+def test_killed_at_every_write(data, tmp_path, unbroken, part):
     result, calls = unbroken
     assert calls >= 100
-    _killed_before_calls(range(1, calls + 1), data, tmp_path, result)
+    _killed_before_calls(range(1 + part, calls + 1, PARTS), data, tmp_path, result)
 
 
 def _killed_at_random(kills, data, tmp_path, seed, **keys):
