@@ -3,7 +3,9 @@
 import pytest
 import torch
 from error_rule import run, truth
+from planted import breach
 from torch import Tensor
+from torch.testing._internal.optests import OpCheckError
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -61,6 +63,24 @@ def test_compile_equals_eager(op: Op, silent):
     eager, traced = run(op, sample), run(op, sample, function=compiled)
     for a, b in zip((*eager.outputs, *eager.gradients), (*traced.outputs, *traced.gradients)):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_a_planted_result_of_compiled_code_is_seen(monkeypatch, silent):
+    op = OPS["softmax"]
+    breach(monkeypatch, op, lambda y, x: y * (1 + 1e-4 * torch.compiler.is_compiling()))
+    with pytest.raises(AssertionError, match="not close"):
+        test_compile_equals_eager(op, None)
+
+
+def test_a_planted_shape_of_a_fake_tensor_is_seen(monkeypatch, silent):
+    op = OPS["softmax"]
+    with torch.library._scoped_library("planted", "FRAGMENT") as library:
+        library.define("fwd(Tensor x) -> Tensor")
+        library.impl("fwd", lambda x: x.softmax(-1), "CPU")
+        library.impl("fwd", lambda x: x.new_empty(x.shape[0] + 1, x.shape[1]), "Meta")
+        monkeypatch.setattr(op, "fwd", torch.ops.planted.fwd.default)
+        with pytest.raises(OpCheckError, match="Shapes"):
+            test_opcheck(op, None)
 
 
 @each_op

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from error_rule import UNIT, flatten, run, truth, violations
+from planted import breach
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
 
 from llmkern import ops
 from llmkern.ops import OPS
@@ -67,6 +69,12 @@ def test_gradcheck(op: Op, silent):
     assert checked or op.name == "ffn"
 
 
+def test_a_planted_gradient_is_seen(monkeypatch, silent):
+    breach(monkeypatch, OPS["softmax"], lambda y, x: 1.1 * y - 0.1 * y.detach())
+    with pytest.raises(GradcheckError):
+        test_gradcheck(OPS["softmax"], None)
+
+
 def _replaced(values, swap, now):
     return tuple(now[id(swap[id(v)])] if id(v) in swap else v for v in values)
 
@@ -100,6 +108,16 @@ def test_inputs_unchanged(op: Op, backend: str, device: str):
         run(op, sample, backend=backend)
         for a, b in zip(*(flatten((s.args, s.kwargs)) for s in (sample, before))):
             assert torch.equal(a.detach(), b), sample.label
+
+
+def test_a_planted_bit_of_an_input_is_seen(monkeypatch):
+    def change(y: Tensor, x: Tensor) -> Tensor:
+        x.detach().view(-1)[:1].mul_(1 + 2.0**-23)
+        return y
+
+    breach(monkeypatch, OPS["softmax"], change)
+    with pytest.raises(AssertionError):
+        test_inputs_unchanged(OPS["softmax"], "cpp", "cpu")
 
 
 @each_op
