@@ -28,7 +28,7 @@ from .suite import Case, Row, run_case
 
 PEERS = ["llmkern", "eager", "compile"]
 SETTINGS = Settings(rounds=5, seconds=0.02, budget=1.0)
-STEP_SETTINGS = Settings(rounds=5, seconds=0.05, budget=5.0)
+STEP_SETTINGS = Settings(rounds=9, seconds=0.05, budget=5.0)
 FLOAT, HALF = torch.float32, torch.bfloat16
 
 
@@ -235,10 +235,7 @@ def step_verdicts(group: str, clock: Clock, found: Ceilings) -> Iterator[Verdict
             continue
         torch.compiler.reset()
         gc.collect()
-        made = step.calls(case, PEERS)
-        for call in made.values():
-            call()
-        times = interleave(clock, made, STEP_SETTINGS)
+        times = interleave(clock, step.calls(case, PEERS), STEP_SETTINGS)
         ours = times.pop("llmkern")
         peers = {peer: (median(values), ratio(values, ours)) for peer, values in times.items()}
         yield Verdict(
