@@ -167,3 +167,13 @@ def test_sink_gradient_alone():
     with ops.use("reference"):
         (want,) = torch.autograd.grad(ops.attention(*(q.double(),) * 3, sinks=exact).sum(), exact)
     torch.testing.assert_close(grad.double(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_of_exponentials_are_not_rounded(backend: str, device: str, dtype: torch.dtype):
+    """lse is float32 whatever the dtype: no coarser than the exponentials, 3e-6, and the sums of scores."""
+    q, k = (randn(1, 2, n, 64, device=device, dtype=dtype) for n in (40, 300))
+    with ops.use(backend):
+        _, lse = ops.attention(q, k, k, return_lse=True)
+    expected = (q.double() @ k.double().mT / 8).logsumexp(-1)
+    torch.testing.assert_close(lse.double(), expected, rtol=0, atol=1e-5)
