@@ -1,11 +1,13 @@
 """A copy of the project, to be broken on purpose or compiled with other options."""
 
+import compileall
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from py_compile import PycInvalidationMode
 
 from llmkern._cpu import INSTRUCTION_SETS
 
@@ -35,6 +37,8 @@ class Copy:
         for file in FILES:
             shutil.copy(ROOT / file, self.path)
         (self.path / "llmkern/kernels").symlink_to(self.path / "kernels")
+        # known by its source's hash: what is broken may keep its size, and the second of its time
+        compileall.compile_dir(self.path, quiet=1, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -17,7 +17,7 @@ from proof.copies import ROOT
 
 CASES, WITH_GRADIENT, INTERPRETED = 5000, 1000, 100
 RUNS, MALFORMED = 30, 50_000
-SEEDS, STEPS = (0, 1, 2), 500
+SEEDS, STEPS = (0, 1, 2), 300
 SHOWN = 60  # items of a list
 PROCESSES = os.cpu_count() or 1
 COMPILE = [sys.executable, "-m", "benchmarks.aot", "--failed", "--once", "--all", "--dtype", "bfloat16"]
