@@ -300,7 +300,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
         "processes killed and hung, a link cut between two network namespaces",
         "losses, norms and gradients of one process to 1e-5; the same bits after a restart",
         "gradients of one process's tokens alone: test_a_wrong_gradient_is_seen", "tests/parallel", "-m",
-        "slow or not slow", "-n", "0",
+        "slow or not slow",
     ),
     "files": files,
     "trained": trained,
