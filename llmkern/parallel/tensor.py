@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from ..nn.children import hooked
+from ..nn.linear import Linear
 from .exchange import gather, scatter
+from .overlap import Columns, in_halves
 from .spine import Spine
 
 BY_OUTPUTS = ("c_attn", "c_fc", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -66,8 +69,8 @@ def divide(model: nn.Module, spine: Spine, mesh: DeviceMesh) -> list[View]:
         if hasattr(attention, PACKED):
             attention.n_head //= mesh.size()
             attention.n_kv_head //= mesh.size()
-        _exchange_around(attention, getattr(attention, "resid_dropout", None), mesh)
-        _exchange_around(layer.mlp, getattr(layer.mlp, "dropout", None), mesh)
+        _exchange_around_attention(attention, mesh)
+        _exchange_around_ffn(layer.mlp, mesh)
     return _divide_modules(model, mesh, done)
 
 
@@ -136,13 +139,33 @@ def seen(forward: Callable, views: list[View]) -> Callable:
     return run
 
 
-def _exchange_around(part: nn.Module, dropout: nn.Dropout | None, mesh: DeviceMesh) -> None:
-    """Gather the input of attention or feed-forward, sum and divide what it gives; then drop of that."""
-    p = 0.0
+def _exchange_around_attention(attention: nn.Module, mesh: DeviceMesh) -> None:
+    """Gather its input, sum and divide what it gives; then drop of that."""
+    p = _without_dropout(attention, "resid_dropout")
+    linears = [child for name, child in attention.named_children() if name in BY_OUTPUTS]
+    ahead = Columns(linears, mesh).gather if all(map(_plain, linears)) else partial(gather, mesh=mesh)
+    attention.register_forward_pre_hook(lambda module, args: (ahead(args[0]), *args[1:]))
+    attention.register_forward_hook(lambda module, args, y: F.dropout(scatter(y, mesh), p, module.training))
+
+
+def _plain(linear: nn.Module) -> bool:
+    """Whether it does what its weight and bias say, and no more."""
+    return type(linear) in (nn.Linear, Linear) and not hooked(linear)
+
+
+def _exchange_around_ffn(ffn: nn.Module, mesh: DeviceMesh) -> None:
+    """The same, in two halves."""
+    p = _without_dropout(ffn, "dropout")
+    run = partial(in_halves, ffn.forward, mesh)
+    ffn.forward = lambda x: F.dropout(run(x), p, ffn.training)
+
+
+def _without_dropout(part: nn.Module, name: str) -> float:
+    """The probability of a dropout, which is turned off."""
+    dropout, p = getattr(part, name, None), 0.0
     if dropout is not None:
         p, dropout.p = dropout.p, 0.0
-    part.register_forward_pre_hook(lambda module, args: (gather(args[0], mesh), *args[1:]))
-    part.register_forward_hook(lambda module, args, y: F.dropout(scatter(y, mesh), p, module.training))
+    return p
 
 
 @torch.no_grad()

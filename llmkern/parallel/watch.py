@@ -20,6 +20,7 @@ OPS = {
     "gather": "all_gather",
     "scatter": "reduce_scatter",
     "foreach_reduce": "reduce_scatter",
+    "reduce_scatter": "reduce_scatter",
     "reduce_scatter_tensor": "reduce_scatter",
     "broadcast": "broadcast",
     "barrier": "barrier",

@@ -21,6 +21,8 @@ EFFICIENCY = 0.87
 # Not fitted here: Calculon's figure for NVLink (Isaev et al. 2023, doi:10.1145/3581784.3607102, A100 system).
 INTERFERENCE = 0.15
 
+FFN = ("ffn", "experts", "shared", "activation")  # ops of a feed-forward begin so
+
 
 @dataclass(frozen=True)
 class StepTime:
@@ -134,7 +136,7 @@ def _stage(
         for wall in walls:
             walls[wall] += part * (ahead[wall] + back[wall])
         times = [part * sum(half.values()) for half in (ahead, back)]
-        _exchange_activations(comm, model, device, s, seq, part, times, expert, width)
+        _exchange_activations(comm, model, device, s, seq, part, times, expert, rates, width)
         if s.zero == 3:
             group = _layer_parameters(model, s, expert) + model.layer_norms()
             _gather(comm, device, s, recipe, group, part, times, width)
@@ -148,21 +150,18 @@ def _stage(
     return walls, comm
 
 
-def _exchange_activations(comm, model, device, s, seq, layers, times, expert, width) -> None:
+def _exchange_activations(comm, model, device, s, seq, layers, times, expert, rates, width) -> None:
     """Tensor, context and expert parallelism, in `layers` layers for one micro-batch."""
     tokens = local_tokens(s, seq)
-    if s.tp > 1:  # two all-reduces forward, two backward; with SP each is a gather and a scatter
+    if s.tp > 1:
         size = width * tokens * model.width
-        once = layers * collectives.seconds(device, "all_reduce", size, s.tp, device.node)
-        total = 6 if s.recompute == "full" else 4
-        shown = {"none": total, "backward": total - 2 + s.sp, "all": 0}[s.overlap_tp]
         wire = layers * size * collectives.factor("all_reduce", s.tp)
-        comm.add("TP", shown * once, shown * wire)
-        comm.add("TP", (total - shown) * once, (total - shown) * wire, behind=sum(times))
+        for count, pieces, behind in _tensor_exchanges(model, s, seq, layers, times, expert, rates):
+            once = pieces * collectives.seconds(device, "all_reduce", size / pieces, s.tp, device.node)
+            comm.add("TP", layers * count * once, count * wire, behind)
     if s.cp > 1:  # keys and values pass round a ring behind the attention of the part at hand
         size = width * tokens * model.kv_heads / s.tp * (model.head_dim + model.value_dim) * (s.cp - 1)
         once = collectives.send_seconds(device, size, s.tp * s.cp <= device.node)
-        rates = work.rates(device)
         attention = [w for w in work.forward(model, s, seq, expert) if w.name in ("attention", *work.CORE)]
         behind = sum(rates.seconds(w) for w in attention)
         comm.add("CP", 3 * layers * once, 3 * layers * size, behind=3 * layers * behind)
@@ -171,6 +170,23 @@ def _exchange_activations(comm, model, device, s, seq, layers, times, expert, wi
         in_node = max(1, device.node // s.tp)
         once = collectives.seconds(device, "all_to_all", size, s.ep, in_node)
         comm.add("EP", 4 * layers * once, 4 * layers * size * collectives.factor("all_to_all", s.ep))
+
+
+def _tensor_exchanges(model, s, seq, layers, times, expert, rates) -> list[tuple[float, int, float]]:
+    """All-reduces of x in a layer, in how many pieces each, behind how many seconds of all `layers`.
+
+    Two forward, two backward, half of them of the feed-forward; with SP each is a gather and a scatter.
+    """
+    total = 6 if s.recompute == "full" else 4
+    if s.overlap_tp == "halves":
+        backward = list(work.backward(model, s, seq, 0, expert))
+        ways = [*work.forward(model, s, seq, expert), *backward]
+        ffn = sum(rates.seconds(w) for w in ways if w.name.startswith(FFN))
+        weight = sum(rates.seconds(w) for w in backward if w.name == "qkv, weight")
+        attention = [(total / 2 - 0.5, 1, 0.0), (0.5, 1, layers * weight)]  # the half is the scatter of dx
+        return [*attention, (total / 4, 2, 0.0), (total / 4, 2, layers * ffn / 2)]
+    hidden = {"none": 0, "backward": 2 - s.sp, "all": total}[s.overlap_tp]
+    return [(total - hidden, 1, 0.0), (hidden, 1, sum(times))]
 
 
 def _exchange_ends(comm, model, device, s, seq, rates, width) -> None:
@@ -188,8 +204,8 @@ def _exchange_ends(comm, model, device, s, seq, rates, width) -> None:
     wire = size * collectives.factor("all_reduce", s.tp)
     if s.pp == 1:
         comm.add("TP embedding", once, wire)
-    # the gradient of x behind that of the head's weight: with SP it is half of what is exchanged
-    hidden = (0.5 if s.sp else 1) * (s.overlap_tp != "none")
+    # Megatron-LM: the gradient of x behind that of the head's weight; with SP it is half of the exchange
+    hidden = (0.5 if s.sp else 1) * (s.overlap_tp in ("backward", "all"))
     weight = next(w for w in work.head(model, s, seq) if w.name == "head, weight")
     comm.add("TP head", (1 - hidden) * once, (1 - hidden) * wire)
     comm.add("TP head", hidden * once, hidden * wire, behind=rates.seconds(weight))

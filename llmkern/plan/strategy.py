@@ -69,8 +69,10 @@ class Strategy:
             (`linear_cross_entropy`: logits are never whole in memory).
         dropout: masks are stored.
         overlap: gradients are reduced while the last backward still runs.
-        overlap_tp: exchanges of tensor parallelism behind products: "none", "backward" (behind weight
-            gradients, Megatron-LM since 2022) or "all" (in slices, Transformer Engine since 2023).
+        overlap_tp: exchanges of tensor parallelism behind products: "none", "backward" (that of dx behind
+            weight gradients, Megatron-LM since 2022), "halves" (of a feed-forward one half of the tokens
+            behind the other, and dx of query, key and value behind weight gradients: `llmkern train`) or
+            "all" (in slices, Transformer Engine since 2023).
         fused_sums: weight gradients are added within their product (Megatron-LM since 2022).
     """
 
@@ -89,7 +91,7 @@ class Strategy:
     loss: Literal["eager", "fused", "linear"] = "eager"
     dropout: bool = False
     overlap: bool = True
-    overlap_tp: Literal["none", "backward", "all"] = "backward"
+    overlap_tp: Literal["none", "backward", "halves", "all"] = "halves"
     fused_sums: bool = True
 
     @property
