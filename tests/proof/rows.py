@@ -299,9 +299,9 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
         "training divided over 2 and 4 processes (DDP, FSDP, TP, CP, PP, nine combinations), replicas apart, "
         "processes killed and hung, a link cut between two network namespaces",
         "losses, norms and gradients of one process to 1e-5; the same bits after a restart",
-        "gradients of one process's tokens alone: test_a_wrong_gradient_is_seen", "tests/parallel/test_exact.py",
-        "tests/parallel/test_failure.py", "tests/parallel/test_link.py", "tests/parallel/test_savers.py",
-        "-m", "slow or not slow",
+        "gradients of one process's tokens alone: test_a_wrong_gradient_is_seen",
+        "tests/parallel/test_exact.py", "tests/parallel/test_failure.py", "tests/parallel/test_link.py",
+        "tests/parallel/test_savers.py", "-m", "slow or not slow",
     ),
     "files": files,
     "trained": trained,
