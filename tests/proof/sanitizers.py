@@ -70,7 +70,7 @@ THREADS = Tool(
         "  team.barrier();\n  read(s.h, s.hidden, wide);",
         "  read(s.h, s.hidden, wide);",
     ),
-    ["tests/models/test_decoder.py", "-n", "0"],
+    ["tests/models/test_decoder.py"],
 )
 TOOLS = (MEMORY, THREADS)
 
