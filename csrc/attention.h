@@ -13,7 +13,7 @@
 //   L2         keys and values of a block, 64 KiB, cross from L2 (a head of 2048 tokens: from L3) once for
 //              32 x 128 x 128 multiply-adds, 32,768 cycles: 2 bytes a cycle of the 32 that L2 gives.
 //              Backward holds P, dS and three packings of 128 keys, 150 KiB, and streams the queries.
-// The exponential takes 12 operations for every 128 multiply-adds, 64 where they are pairs.
+// The exponential takes 12 operations for every 128 multiply-adds, 10 for every 64 where they are pairs.
 #pragma once
 
 #include <algorithm>
