@@ -295,6 +295,8 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
         "a checkpoint written in place (seeded bug)", "tests/train/test_kill.py",
         "tests/train/test_checkpoint.py", "tests/test_durable.py", "-m", "slow or not slow",
     ),
+    "files": files,
+    "trained": trained,
     "distributed": tested(
         "training divided over 2 and 4 processes (DDP, FSDP, TP, CP, PP, nine combinations), replicas apart, "
         "processes killed and hung, a link cut between two network namespaces",
@@ -303,8 +305,6 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
         "tests/parallel/test_exact.py", "tests/parallel/test_failure.py", "tests/parallel/test_link.py",
         "tests/parallel/test_savers.py", "-m", "slow or not slow",
     ),
-    "files": files,
-    "trained": trained,
 }  # fmt: skip
 
 
