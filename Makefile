@@ -27,7 +27,7 @@ test: .venv/installed     ## every op on every backend that this machine has, an
 	$(BIN)/pytest -n auto --dist worksteal
 bench: .venv/installed    ## time every op against PyTorch
 	PYTHONSAFEPATH= $(BIN)/python -m benchmarks
-prove: .venv/installed    ## all evidence that the numbers are right, into docs/proof.md: 20 minutes
+prove: .venv/installed    ## all evidence that the numbers are right, into docs/proof.md: 22 minutes
 	$(BIN)/python tests/proof
 docs: .venv/installed     ## make docs/ops.md from the op table
 	$(BIN)/python -m llmkern.ops.page docs/ops.md
