@@ -1,6 +1,7 @@
 """The processes of a run that train together: who leads, how the model is divided, what all agree on."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from .tensors import fill_optimizer, optimizer_state
 if TYPE_CHECKING:
     from ..parallel import Parallel
     from ..parallel.outer import Outer
+
+SETTLED = 0.2  # seconds
 
 
 class Team:
@@ -187,9 +190,14 @@ class Team:
         torch.distributed.barrier()
 
     def leave(self) -> None:
-        """The group; a process whose peers are gone does not wait for them."""
+        """The group; a process whose peers are gone does not wait for them.
+
+        A thread of gloo may hold the tensors of the last exchange a moment longer than who waited for it, and
+        one that frees them while Python shuts down aborts the process (before Python 3.14).
+        """
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+            time.sleep(SETTLED)
 
 
 def team_of(config: RunConfig) -> Team | None:
