@@ -42,7 +42,7 @@ void peak_bf16_dot(int64_t iterations, Tensor result) {
 #if defined(__AVX512BF16__)
   bf16 pairs[2 * W];
   for (bf16& x : pairs) x.bits = 0x3c00;  // 2^-7
-  const __m512bh a = load_pairs(pairs);
+  const auto a = load_pairs(pairs);
   run_chains(iterations, 4, result, [&](Vec c) { return dot(a, a, c); });
 #else
   (void)iterations;
